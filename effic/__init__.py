@@ -1,0 +1,79 @@
+"""effic: compiler passes for neural networks.
+
+>>> import effic
+>>> report = effic.optimize("model.onnx", "fuse-conv-bn,quantize-rtn{bits=4}", output="out.onnx")
+
+Everything is imported when it is first used, so ``import effic`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effic.backends.ort.artifact import Artifact as Artifact
+    from effic.bench import bench as bench
+    from effic.compare import compare as compare
+    from effic.gate import gate as gate
+    from effic.ir.errors import EfficError as EfficError
+    from effic.ir.model import Model as Model
+    from effic.ir.onnx_format import read_onnx as read_onnx
+    from effic.ir.torch_capture import capture as capture
+    from effic.optimize import Report as Report
+    from effic.optimize import load as load
+    from effic.optimize import optimize as optimize
+    from effic.passes.base import Numerics as Numerics
+    from effic.passes.base import Pass as Pass
+    from effic.passes.base import Remarks as Remarks
+    from effic.passes.base import option as option
+    from effic.passes.pipeline import run_passes as run_passes
+    from effic.passes.spec import parse_passes as parse_passes
+
+_EXPORTS = {
+    "Artifact": "effic.backends.ort.artifact",
+    "EfficError": "effic.ir.errors",
+    "Model": "effic.ir.model",
+    "Numerics": "effic.passes.base",
+    "Pass": "effic.passes.base",
+    "Remarks": "effic.passes.base",
+    "Report": "effic.optimize",
+    "bench": "effic.bench",
+    "capture": "effic.ir.torch_capture",
+    "compare": "effic.compare",
+    "gate": "effic.gate",
+    "load": "effic.optimize",
+    "optimize": "effic.optimize",
+    "option": "effic.passes.base",
+    "parse_passes": "effic.passes.spec",
+    "read_onnx": "effic.ir.onnx_format",
+    "run_passes": "effic.passes.pipeline",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version("effic")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'effic' has no attribute '{name}'")
+
+
+class _Face(types.ModuleType):
+    """Keeps ``effic.optimize`` the function when the file of the same name is imported.
+
+    Importing a submodule binds it as an attribute of its package, over whatever was there.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _EXPORTS and isinstance(value, types.ModuleType):
+            value = getattr(value, name, value)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

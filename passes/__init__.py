@@ -1,0 +1,68 @@
+"""The table of passes: reading it is enough to know them all.
+
+A pass of another package is listed by an entry point in the group ``effic.passes`` (name = the
+pass's name, object = the class).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from effic.ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from effic.passes.base import Pass
+
+PASSES: dict[str, str] = {
+    # cleanup: smaller graphs, same numbers
+    "eliminate-dead-code": "effic.passes.cleanup.eliminate_dead_code:EliminateDeadCode",
+    "eliminate-identities": "effic.passes.cleanup.eliminate_identities:EliminateIdentities",
+    "eliminate-common-subexpressions": (
+        "effic.passes.cleanup.eliminate_common_subexpressions:EliminateCommonSubexpressions"
+    ),
+    "fold-constants": "effic.passes.cleanup.fold_constants:FoldConstants",
+    "canonicalize-linear": "effic.passes.cleanup.canonicalize_linear:CanonicalizeLinear",
+    # fuse: fewer operators, rounding only
+    "fuse-conv-bn": "effic.passes.fuse.fuse_conv_bn:FuseConvBN",
+    "reparameterize-branches": "effic.passes.fuse.reparameterize_branches:ReparameterizeBranches",
+    # quantize: fewer bits
+    "quantize-rtn": "effic.passes.quantize.quantize_rtn:QuantizeRTN",
+}
+
+
+def pass_names() -> list[str]:
+    """Names of all passes, third parties' last."""
+    return [*PASSES, *sorted(e.name for e in entry_points(group="effic.passes") if e.name not in PASSES)]
+
+
+def load_pass(name: str) -> type[Pass]:
+    """The class of a pass.
+
+    Raises:
+        UsageError: no such pass (the nearest name is proposed), or a third party's does not load.
+    """
+    from effic.passes.base import Pass
+
+    if name in PASSES:
+        module, _, attribute = PASSES[name].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    else:
+        entry = next((e for e in entry_points(group="effic.passes") if e.name == name), None)
+        if entry is None:
+            raise UsageError(f"there is no pass '{name}'{near(name, pass_names())}; `effic passes` lists them")
+        try:
+            found = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"the pass '{name}' of {entry.value} does not load: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise UsageError(f"the pass '{name}' is not a subclass of effic.passes.base.Pass")
+    return found
+
+
+def near(word: str, known: list[str]) -> str:
+    """``", did you mean 'x'?"`` for the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""

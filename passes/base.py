@@ -7,11 +7,13 @@ import dataclasses
 import enum
 import fnmatch
 import inspect
+import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
+from effic.ir.errors import UsageError
 from effic.ir.model import Model, describe
 
 
@@ -97,6 +99,11 @@ class Pass(abc.ABC):
     needs_opset: ClassVar[int] = 0
     """Lowest standard opset the pass's result needs; the runner raises the model first."""
 
+    def __post_init__(self) -> None:
+        for field, kind in options_of(type(self)):
+            if problem := option_problem(field, kind, getattr(self, field.name)):
+                raise UsageError(f"{self.name}: {field.name} {problem}")
+
     @abc.abstractmethod
     def apply(self, model: Model, remarks: Remarks) -> None:
         """Rewrite ``model`` in place, leaving remarks."""
@@ -105,6 +112,38 @@ class Pass(abc.ABC):
     def summary(cls) -> str:
         """First line of the docstring."""
         return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def options_of(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """The options of a pass or target class: its dataclass fields, with their resolved types."""
+    kinds = typing.get_type_hints(cls)
+    return [(field, kinds[field.name]) for field in dataclasses.fields(cls)]
+
+
+def option_problem(field: dataclasses.Field[Any], kind: Any, value: Any) -> str | None:
+    """Why ``value`` cannot be the option's value, as a phrase that follows its name, or None."""
+    allowed = typing.get_args(kind) if typing.get_origin(kind) is Literal else field.metadata.get("choices")
+    if allowed is not None:
+        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            return f"is {value!r}, allowed are {', '.join(map(str, allowed))}"
+        return None
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+            return f"is {value!r}, which is no {'integer' if kind is int else 'number'}"
+        low, high = field.metadata.get("ge"), field.metadata.get("le")
+        if low is not None and value < low:
+            return f"is {value}, the least is {low}"
+        if high is not None and value > high:
+            return f"is {value}, the most is {high}"
+    elif kind is bool and not isinstance(value, bool):
+        return f"is {value!r}, allowed are true, false"
+    elif kind is str and not isinstance(value, str):
+        return f"is {value!r}, which is no text"
+    elif typing.get_origin(kind) is tuple and not (
+        isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    ):
+        return f"is {value!r}, which is no list of texts; write [a,b]"
+    return None
 
 
 def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:

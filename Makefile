@@ -1,0 +1,44 @@
+# make demo   optimize the model that ships with effic (installs the core only)
+# make test   all tests
+# make check  lint, format, types
+# make bench  the tables of benchmarks/ (long)
+
+PYTHON ?= python3
+PIP = -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CORE = .venv-core/bin
+DEV = .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv-core/installed
+	@mkdir -p out
+	$(CORE)/effic optimize models/digits.onnx --preset int8 --output out/digits.onnx --force
+	@$(CORE)/python -m effic.models.accuracy models/digits.onnx out/digits.onnx
+
+test: .venv/installed
+	$(DEV)/python -m pytest -n 2 --dist loadfile
+
+check: .venv/installed
+	$(DEV)/ruff check .
+	$(DEV)/ruff format --check .
+	rm -rf build
+	$(DEV)/python $(PIP) --no-deps --target build/types .
+	cd build/types && ../../$(DEV)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p effic
+
+bench: .venv/installed
+	$(DEV)/python -m benchmarks
+
+.venv-core/installed: pyproject.toml constraints.txt $(wildcard effic/*.py ir/*.py passes/*.py passes/*/*.py backends/*.py backends/*/*.py cli/*.py models/*)
+	$(PYTHON) -m venv .venv-core
+	$(CORE)/python $(PIP) --force-reinstall --no-deps .
+	$(CORE)/python $(PIP) .
+	@touch $@
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(DEV)/python $(PIP) torch
+	$(DEV)/python $(PIP) --editable '.[torch,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-core build out .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,278 @@
+"""The whole job: load, run the passes, lower for a target, check, save, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effic.ir.cost import ModelCost, model_cost
+from effic.ir.errors import CheckFailedError, UsageError
+from effic.ir.evaluate import Distance, Oracle, compare_outputs, load_inputs
+from effic.ir.memory import peak_memory, reset_peak_memory
+from effic.ir.model import Model
+from effic.ir.onnx_format import read_onnx
+from effic.ir.verify import verify
+from effic.passes.base import Numerics, Pass, Remarks
+from effic.passes.pipeline import Check, Checker, Step, fingerprint, judge, run_passes
+from effic.passes.presets import preset
+from effic.passes.spec import parse_passes, to_text
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass
+class Report:
+    """All that :func:`optimize` did and measured.
+
+    Attributes:
+        source: where the model came from.
+        notes: what reading it changed or found.
+        passes: text form of the passes.
+        target: text form of the target.
+        steps: one per pass, then one for lowering.
+        before, after: costs of the model (weights, parameters, nodes, multiply-adds).
+        verdict: what the check of the finished file found, in words.
+        distance: its outputs' distance from the original's, or None without a check.
+        output: path of the file written, or None.
+        file_bytes: bytes of the input file and of the output file, external data included.
+        seconds: time of the whole job.
+        versions: effic and the packages that decide the result.
+        model: the finished model.
+    """
+
+    source: str
+    notes: tuple[str, ...]
+    passes: str
+    target: str
+    steps: list[Step]
+    before: ModelCost
+    after: ModelCost
+    verdict: str
+    distance: Distance | None
+    output: str | None
+    file_bytes: tuple[int | None, int | None]
+    seconds: float
+    versions: dict[str, str]
+    model: Model = dataclasses.field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form: everything but the model."""
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        row["steps"] = [step.to_dict() for step in self.steps]
+        row["before"], row["after"] = self.before.to_dict(), self.after.to_dict()
+        row["distance"] = None if self.distance is None else self.distance.to_dict()
+        return row
+
+
+def load(
+    source: str | os.PathLike[str] | Model | torch.nn.Module, example_inputs: Any = None, **options: Any
+) -> Model:
+    """A model from an ``.onnx`` file, a ``.pt2`` file, or a torch module with example inputs.
+
+    Raises:
+        InvalidModelError: the file is broken.
+        UsageError: no such file, or of no known kind.
+        CaptureError: torch cannot export the module.
+    """
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        if os.fspath(source).endswith(".pt2"):
+            from effic.ir.torch_capture import capture
+
+            return capture(source, example_inputs, **options)
+        return read_onnx(source)
+    from effic.ir.torch_capture import capture
+
+    return capture(source, example_inputs, **options)
+
+
+def optimize(
+    source: str | os.PathLike[str] | Model | torch.nn.Module,
+    passes: str | Sequence[Pass] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    target: str = "ort-cpu",
+    inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    check: Check = "each",
+    require_change: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    external: bool | None = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    after_pass: Callable[[Model, Pass, int], None] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Optimize a model.
+
+    Args:
+        source: an ``.onnx`` or ``.pt2`` file, a :class:`Model` (rewritten in place), or a torch
+            module (needs ``example_inputs``).
+        passes: text form, or pass objects; None is the preset ``default``.
+        output: the ``.onnx`` file to write; None writes nothing.
+        target: ``ort-cpu`` or ``portable``, with options: ``ort-cpu{accuracy_level=0}``.
+        inputs: what to check the numbers on: arrays by name, or an ``.npz`` file; None makes up
+            seeded ones.
+        seed: of the seeded inputs.
+        check: ``each`` pass, ``final`` only, or ``off``.
+        require_change: fail when a pass changes nothing.
+        dry_run: do everything but write.
+        force: allow writing over an existing file, the input included.
+        external: weights in a file of their own; None decides by size.
+        example_inputs, dynamic_shapes: for torch sources, as ``torch.export`` takes them.
+        after_pass: called after each pass with the model, the pass and its number.
+        progress: called with what is being done, the number of the step and how many there are.
+
+    Returns:
+        The report; ``report.model`` is the finished model.
+
+    Raises:
+        EfficError: one sentence and an exit code; nothing was written.
+    """
+    from effic.backends import get_backend
+
+    began = time.perf_counter()
+    sequence = _sequence(passes)
+    backend = get_backend(target)
+    if output is not None and not dry_run:
+        _refuse_early(output, force)
+    arrays = load_inputs(inputs) if isinstance(inputs, (str, os.PathLike)) else inputs
+    options = {"dynamic_shapes": dynamic_shapes} if dynamic_shapes is not None else {}
+    model = load(source, example_inputs, **options)
+    input_bytes = _stored_bytes(model.origin.path)
+    steps_in_all = len(sequence) + 2
+    checker = None
+    if check != "off":
+        _tell(progress, "running the original", 0, steps_in_all)
+        checker = Checker(model, arrays, seed)
+    result = run_passes(
+        model,
+        sequence,
+        check=check,
+        checker=checker,
+        require_change=require_change,
+        after_pass=after_pass,
+        progress=None if progress is None else lambda text, i, n: progress(text, i, steps_in_all),
+    )
+    canonical = model.clone() if checker is not None else None
+    _tell(progress, f"lowering for {target}", len(sequence), steps_in_all)
+    lowered = _lower(model, backend)
+    steps, after = [*result.steps, lowered], result.after
+    if lowered.changed:
+        after = model_cost(model)
+        lowered.bytes_after, lowered.nodes_after = after.weight_bytes, after.nodes
+        lowered.parameters, lowered.macs = after.parameters, after.macs
+    verdict, distance = "not checked", None
+    if checker is not None and canonical is not None:
+        _tell(progress, "running the result", len(sequence) + 1, steps_in_all)
+        verdict, distance = _check_result(model, canonical, checker, sequence, lowered, check)
+    written = None
+    if output is not None and not dry_run:
+        model.save(output, force=force, external=external)
+        written = os.fspath(output)
+    return Report(
+        source=model.origin.path or f"a model from {model.origin.front_end}",
+        notes=model.origin.notes,
+        passes=to_text(sequence),
+        target=target,
+        steps=steps,
+        before=result.before,
+        after=after,
+        verdict=verdict,
+        distance=distance,
+        output=written,
+        file_bytes=(input_bytes, _stored_bytes(written)),
+        seconds=time.perf_counter() - began,
+        versions={p: version(p) for p in ("effic", "onnx", "onnx-ir", "onnxruntime", "numpy")},
+        model=model,
+    )
+
+
+def _sequence(passes: str | Sequence[Pass] | None) -> list[Pass]:
+    if passes is None:
+        return parse_passes(preset("default").text)
+    return parse_passes(passes) if isinstance(passes, str) else list(passes)
+
+
+def _lower(model: Model, backend: Any) -> Step:
+    step = Step("lower", backend.text, Numerics.LOSSY)
+    cost_before = model_cost(model)
+    step.bytes_before = step.bytes_after = cost_before.weight_bytes
+    step.nodes_before = step.nodes_after = cost_before.nodes
+    step.parameters, step.macs = cost_before.parameters, cost_before.macs
+    remarks, mark = Remarks(), fingerprint(model)
+    reset_peak_memory()
+    began = time.perf_counter()
+    backend.lower(model, remarks)
+    step.seconds, step.peak_memory = time.perf_counter() - began, peak_memory()
+    step.remarks = remarks.items
+    model.forget_names()
+    verify(model, f"lowered for {backend.text}, the model")
+    step.changed = fingerprint(model) != mark
+    step.verdict = "not checked" if step.changed else "unchanged"
+    return step
+
+
+def _check_result(
+    model: Model, canonical: Model, checker: Checker, sequence: Sequence[Pass], lowered: Step, check: Check
+) -> tuple[str, Distance]:
+    """Run the finished model as its users will, with the runtime's own optimisation."""
+    got = Oracle(model, optimized=True).run(checker.inputs)
+    if lowered.changed and check == "each":
+        lowered.distance = compare_outputs(checker.outputs, got)
+        lowered.verdict = judge(lowered.distance, Numerics.LOSSY, 0.0)
+        if lowered.verdict.startswith("broken"):
+            raise CheckFailedError(
+                f"lowering for {lowered.text} broke the model: {lowered.verdict.removeprefix('broken: ')}"
+            )
+    distance = compare_outputs(checker.original, got)
+    lossy = lowered.changed or any(p.numerics is Numerics.LOSSY for p in sequence)
+    # The runtime's own fusions reorder arithmetic, so even an EXACT sequence is judged as rounding;
+    # each step of a long sequence may use its share of the tolerance.
+    tolerance = 1e-4 if lossy else _file_tolerance(canonical, sequence)
+    verdict = judge(distance, Numerics.LOSSY if lossy else Numerics.ROUNDING, tolerance)
+    if verdict.startswith("broken"):
+        raise CheckFailedError(f"the finished model is broken: {verdict.removeprefix('broken: ')}")
+    return verdict, distance
+
+
+def _file_tolerance(model: Model, sequence: Sequence[Pass]) -> float:
+    from effic.ir.evaluate import rounding_tolerance
+
+    rounding = sum(p.numerics is Numerics.ROUNDING for p in sequence)
+    return rounding_tolerance(model) * max(1, rounding)
+
+
+def _refuse_early(output: str | os.PathLike[str], force: bool) -> None:
+    """Say what would stop the saving before the work is done, not after it."""
+    path = os.fspath(output)
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise UsageError(f"the folder {folder} for the output does not exist; make it first")
+    if os.path.isdir(path):
+        raise UsageError(f"the output {path} is a folder; name a file in it")
+    if os.path.exists(path) and not force:
+        raise UsageError(f"the output {path} exists; give --force to write over it")
+
+
+def _stored_bytes(path: str | None) -> int | None:
+    """Bytes of a model file and the external data files it refers to."""
+    from effic.ir.onnx_format import file_bytes
+
+    return None if path is None or not path.endswith(".onnx") else file_bytes(path)
+
+
+def _tell(progress: Progress | None, text: str, number: int, total: int) -> None:
+    if progress is not None:
+        progress(text, number, total)

@@ -1,0 +1,210 @@
+"""Bytes, parameters and multiply-adds of every node."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from effic.ir.model import Model, constant_tensor, describe
+
+# Inputs that describe an encoded weight (scales, zero points): bytes, but no parameters.
+_METADATA_INPUTS = {"DequantizeLinear": (1, 2), "QuantizeLinear": (1, 2), "MatMulNBits": (2, 3)}
+
+
+@dataclasses.dataclass
+class NodeCost:
+    """What one node costs.
+
+    Attributes:
+        name: operator and node name.
+        op_type: the operator.
+        macs: multiply-adds of one run, or None when its shapes are unknown.
+        weight_bytes: bytes of the constants first read by this node (a shared one counts once).
+        parameters: elements of those constants, scales and zero points left out.
+    """
+
+    name: str
+    op_type: str
+    macs: int | None
+    weight_bytes: int
+    parameters: int
+
+
+@dataclasses.dataclass
+class ModelCost:
+    """What a model costs.
+
+    Attributes:
+        weight_bytes: bytes of all constants as stored, each once.
+        parameters: elements of all floating or quantized weights, each once.
+        nodes: nodes in all graphs, Constant nodes left out.
+        macs: multiply-adds of one run of the main graph.
+        macs_unknown: nodes that multiply but whose shapes are unknown; ``macs`` lacks them.
+        dims: the sizes of dynamic dimensions that ``macs`` holds for.
+        ops: how often each operator occurs.
+        per_node: cost of each node, in order.
+    """
+
+    weight_bytes: int
+    parameters: int
+    nodes: int
+    macs: int
+    macs_unknown: int
+    dims: dict[str, int]
+    ops: dict[str, int]
+    per_node: list[NodeCost]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form without the per-node list."""
+        row = dataclasses.asdict(self)
+        del row["per_node"]
+        return row
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of all constants as stored: initializers and tensors in Constant nodes."""
+    total = 0
+    for graph in model.graphs():
+        total += sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
+    for node in model.nodes("Constant"):
+        tensor = constant_tensor(node.outputs[0])
+        total += tensor.nbytes if tensor is not None else 0
+    return total
+
+
+def model_cost(model: Model, dims: Mapping[str, int] | None = None) -> ModelCost:
+    """Count a model's costs.
+
+    Args:
+        model: the model; it is not changed.
+        dims: sizes of dynamic dimensions by name; each other one counts as 1.
+    """
+    shapes = _Shapes(model, dims or {})
+    seen: set[int] = set()
+    per_node: list[NodeCost] = []
+    ops: dict[str, int] = {}
+    macs = unknown = 0
+    for graph in model.graphs():
+        for node in graph:
+            if node.op_type == "Constant":
+                continue
+            label = node.op_type if not node.domain else f"{node.domain}::{node.op_type}"
+            ops[label] = ops.get(label, 0) + 1
+            nbytes = parameters = 0
+            for index, value in enumerate(node.inputs):
+                tensor = constant_tensor(value)
+                if tensor is None or id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                nbytes += tensor.nbytes
+                if index not in _METADATA_INPUTS.get(node.op_type, ()) and _is_weight(tensor):
+                    parameters += _elements(node, index, tensor)
+            count = _macs(node, shapes) if graph is model.graph else 0
+            if count is None:
+                unknown += 1
+            else:
+                macs += count
+            per_node.append(NodeCost(describe(node), label, count, nbytes, parameters))
+    return ModelCost(
+        weight_bytes=weight_bytes(model),
+        parameters=sum(n.parameters for n in per_node),
+        nodes=len(per_node),
+        macs=macs,
+        macs_unknown=unknown,
+        dims=shapes.dims,
+        ops=dict(sorted(ops.items(), key=lambda item: -item[1])),
+        per_node=per_node,
+    )
+
+
+def _is_weight(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8
+
+
+def _elements(node: ir.Node, index: int, tensor: ir.TensorProtocol) -> int:
+    if node.op_type == "MatMulNBits" and index == 1:
+        # Codes are packed into bytes: the operator's own K and N say how many there are.
+        return node.attributes["K"].as_int() * node.attributes["N"].as_int()
+    return tensor.size
+
+
+class _Shapes:
+    """Static shapes of values, inferred on a copy only when the model does not carry them."""
+
+    def __init__(self, model: Model, dims: Mapping[str, int]) -> None:
+        self._model = model
+        self._inferred: dict[str, tuple[int, ...]] | None = None
+        self.dims: dict[str, int] = {}
+        for value in model.graph.inputs:
+            for dim in value.shape or ():
+                if not isinstance(dim, int) and dim.value:
+                    self.dims[str(dim.value)] = dims.get(str(dim.value), 1)
+
+    def of(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        tensor = constant_tensor(value)
+        shape = tensor.shape if tensor is not None else value.shape
+        if shape is not None:
+            sizes = [d if isinstance(d, int) else self.dims.get(str(d.value)) for d in shape]
+            if None not in sizes:
+                return tuple(s for s in sizes if s is not None)
+        if self._inferred is None:
+            self._inferred = self._infer()
+        return self._inferred.get(value.name or "")
+
+    def _infer(self) -> dict[str, tuple[int, ...]]:
+        from onnx_ir.passes.common import ShapeInferencePass
+
+        copy = self._model.ir.clone()
+        for node in copy.graph:
+            for value in node.outputs:
+                if value.shape is not None and not value.shape.is_static():
+                    value.shape = None
+        for value in copy.graph.inputs:
+            if value.shape is not None:
+                value.shape = ir.Shape(
+                    d if isinstance(d, int) else self.dims.get(str(d.value), 1) for d in value.shape
+                )
+        for value in copy.graph.outputs:
+            value.shape = None
+        try:
+            ShapeInferencePass()(copy)
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            # Costs are for orientation: a model that shape inference cannot read has unknown ones.
+            return {}
+        return {
+            str(v.name): tuple(int(d) for d in v.shape)  # type: ignore[arg-type]
+            for node in copy.graph
+            for v in node.outputs
+            if v.shape is not None and v.shape.is_static()
+        }
+
+
+def _macs(node: ir.Node, shapes: _Shapes) -> int | None:
+    """Multiply-adds of one node; 0 for operators that do not multiply matrices."""
+    op = node.op_type
+    if op in ("Conv", "ConvTranspose"):
+        weight = shapes.of(node.inputs[1])
+        # Each output of a Conv, and each input of a ConvTranspose, meets one filter.
+        spatial = shapes.of(node.outputs[0] if op == "Conv" else node.inputs[0])
+        if weight is None or spatial is None:
+            return None
+        return math.prod(spatial) * math.prod(weight[1:])
+    if op in ("MatMul", "Gemm"):
+        left, out = shapes.of(node.inputs[0]), shapes.of(node.outputs[0])
+        if left is None or out is None or not left:
+            return None
+        transposed = "transA" in node.attributes and node.attributes["transA"].as_int() == 1
+        return math.prod(out) * left[0 if transposed else -1]
+    if op == "MatMulNBits":
+        out = shapes.of(node.outputs[0])
+        left = shapes.of(node.inputs[0])
+        k, n = node.attributes["K"].as_int(), node.attributes["N"].as_int()
+        rows = out[:-1] if out is not None else left[:-1] if left is not None else None
+        return None if rows is None else math.prod(rows) * k * n
+    return 0

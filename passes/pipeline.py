@@ -1,0 +1,341 @@
+"""The runner: apply passes one by one, and check, measure and record each. It knows no pass by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from effic.ir.cost import ModelCost, model_cost, weight_bytes
+from effic.ir.errors import CheckFailedError, NotMeasuredError, UsageError
+from effic.ir.evaluate import (
+    Distance,
+    Oracle,
+    compare_outputs,
+    distances,
+    rounding_tolerance,
+    runnable_inputs,
+)
+from effic.ir.memory import available_memory, peak_memory, reset_peak_memory
+from effic.ir.model import Model, PassRecord, describe
+from effic.ir.verify import signature, verify
+from effic.passes.base import Numerics, Pass, Remark, Remarks
+from effic.passes.spec import to_text
+
+Check = Literal["each", "final", "off"]
+
+# A run holds the weights, the runtime's own copies of some, and the activations.
+_RUN_MEMORY = 1.5
+
+
+@dataclasses.dataclass
+class Step:
+    """What one pass did, as measured by the runner.
+
+    Attributes:
+        name: the pass (or ``lower``, the backend's work).
+        text: its text form, options included.
+        numerics: how far it may move numbers.
+        changed: whether the graph differs at all from before.
+        passed, missed: number of remarks of each kind.
+        remarks: all of them.
+        bytes_before, bytes_after: bytes of the weights as stored.
+        nodes_before, nodes_after: nodes in all graphs.
+        parameters, macs: of the result.
+        verdict: what the check of the numbers found, in words.
+        distance: the outputs' distance from those before the pass, or None when not run.
+        seconds: time of the pass itself, without checks.
+        peak_memory: largest resident set of the process during the pass, in bytes.
+    """
+
+    name: str
+    text: str
+    numerics: Numerics
+    changed: bool = False
+    remarks: list[Remark] = dataclasses.field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    parameters: int = 0
+    macs: int = 0
+    verdict: str = "not checked"
+    distance: Distance | None = None
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def passed(self) -> int:
+        """Places rewritten."""
+        return sum(r.kind == "passed" for r in self.remarks)
+
+    @property
+    def missed(self) -> int:
+        """Places looked at and left alone."""
+        return sum(r.kind == "missed" for r in self.remarks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        row["numerics"] = self.numerics.value
+        row["remarks"] = [dataclasses.asdict(r) for r in self.remarks]
+        row["distance"] = None if self.distance is None else self.distance.to_dict()
+        return {**row, "passed": self.passed, "missed": self.missed}
+
+
+class Checker:
+    """Judges numbers: runs the model on fixed inputs before the first pass and after each.
+
+    Args:
+        model: the model before the first pass.
+        inputs: arrays by name, or None for seeded ones.
+        seed: of the seeded inputs.
+
+    Raises:
+        NotMeasuredError: the model cannot be run, does not fit into memory, or is random.
+    """
+
+    def __init__(self, model: Model, inputs: Mapping[str, np.ndarray] | None = None, seed: int = 0) -> None:
+        need, have = int(_RUN_MEMORY * weight_bytes(model)), available_memory()
+        if have is not None and need > have:
+            raise NotMeasuredError(
+                f"checking the numbers takes about {need / 1e9:.1f} GB of memory and {have / 1e9:.1f} GB are "
+                "free; use a larger machine, or give --check off to go on without"
+            )
+        oracle = Oracle(model)
+        if inputs is None:
+            self.inputs, self.original = runnable_inputs(model, oracle, seed)
+        else:
+            self.inputs = dict(inputs)
+            self.original = oracle.run(self.inputs)
+        again = oracle.run(self.inputs)
+        if not compare_outputs(self.original, again).exact:
+            raise NotMeasuredError(
+                "the model's outputs are random (two runs on the same inputs differ), so no pass can be "
+                "checked; give --check off to go on without"
+            )
+        self.outputs = self.original
+
+    def check(self, model: Model, numerics: Numerics, name: str, before: Model | None) -> tuple[Distance, str]:
+        """The distance from the last outputs, and the verdict in words.
+
+        Raises:
+            CheckFailedError: the outputs moved further than ``numerics`` allows.
+        """
+        got = self._run(model, name)
+        distance = compare_outputs(self.outputs, got)
+        verdict = judge(distance, numerics, rounding_tolerance(model))
+        if verdict.startswith("broken"):
+            where = "" if before is None else self._first_difference(before, model, numerics)
+            raise CheckFailedError(f"{name} broke the model: {verdict.removeprefix('broken: ')}{where}")
+        self.outputs = got
+        return distance, verdict
+
+    def total(self) -> Distance:
+        """Distance of the last outputs from the original model's."""
+        return compare_outputs(self.original, self.outputs)
+
+    def _run(self, model: Model, name: str) -> dict[str, np.ndarray]:
+        try:
+            return Oracle(model).run(self.inputs)
+        except NotMeasuredError as error:
+            # It ran before this pass: that it no longer does is the pass's doing.
+            raise CheckFailedError(f"{name} broke the model: {error}") from error
+
+    def _first_difference(self, before: Model, after: Model, numerics: Numerics) -> str:
+        """Name the first node whose value, present in both models, moved too far."""
+        tapped = []
+        for model in (before, after):
+            copy = model.clone()
+            have = {v.name for v in copy.graph.outputs}
+            for node in copy.graph:
+                for value in node.outputs:
+                    if value.name and value.name not in have and value.type is not None:
+                        copy.graph.outputs.append(value)
+            tapped.append(copy)
+        try:
+            want, got = (Oracle(copy).run(self.inputs) for copy in tapped)
+        except NotMeasuredError:
+            # Taps need the types of all values; without them the pass alone is named.
+            return ""
+        moved = {n: d for n, d in distances(want, got)}
+        tolerance = rounding_tolerance(after)
+        for node in tapped[1].graph:
+            for value in node.outputs:
+                distance = moved.get(str(value.name))
+                if distance is not None and judge(distance, numerics, tolerance).startswith("broken"):
+                    return f"; the first value that moved is '{value.name}', made by {describe(node)}"
+        return ""
+
+
+def judge(distance: Distance, numerics: Numerics, tolerance: float) -> str:
+    """The verdict on a distance; it begins with ``broken:`` when a pass may not do that.
+
+    Args:
+        distance: of the outputs after the pass from those before.
+        numerics: the pass's class.
+        tolerance: for ROUNDING, relative to an output's largest magnitude.
+    """
+    if distance.shape_mismatch:
+        return f"broken: {distance.shape_mismatch}"
+    if distance.new_nonfinite:
+        return f"broken: {distance.new_nonfinite} output values became NaN or Inf"
+    if distance.exact:
+        return "exact"
+    if numerics is Numerics.LOSSY:
+        parts = [f"SQNR {distance.sqnr_db:.1f} dB", f"cos {distance.cosine:.4f}"]
+        if distance.top1 is not None:
+            parts.append(f"top-1 {100 * distance.top1:.0f} %")
+        if distance.wrong_integers:
+            parts.append(f"{distance.wrong_integers} integers differ")
+        return ", ".join(parts)
+    limit = 0.0 if numerics is Numerics.EXACT else tolerance
+    if distance.wrong_integers:
+        return f"broken: {distance.wrong_integers} integer outputs differ"
+    text = f"outputs moved by {distance.max_rel:.1e} of their range, allowed is {limit:.0e}"
+    return f"broken: {text}" if distance.max_rel > limit else f"rounding {distance.max_rel:.0e}"
+
+
+@dataclasses.dataclass
+class PipelineResult:
+    """What a run of several passes did.
+
+    Attributes:
+        steps: one for each pass, in order.
+        before, after: costs of the model.
+        distance: of the outputs from the original's, or None when nothing was run.
+    """
+
+    steps: list[Step]
+    before: ModelCost
+    after: ModelCost
+    distance: Distance | None
+
+
+def run_passes(
+    model: Model,
+    passes: Sequence[Pass],
+    *,
+    check: Check = "each",
+    checker: Checker | None = None,
+    require_change: bool = False,
+    after_pass: Callable[[Model, Pass, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PipelineResult:
+    """Apply passes in order, in place; each is verified, checked, measured and recorded.
+
+    Args:
+        model: rewritten in place. After an error its state is undefined; nothing was saved.
+        passes: in order.
+        check: ``each`` runs the model after every pass that changed it, ``final`` once at the end,
+            ``off`` never. The structure is verified after each pass in any case.
+        checker: what runs the model; needed unless ``check`` is ``off``.
+        require_change: a pass that changes nothing is an error.
+        after_pass: called with the model, the pass and its number (from 0) after each pass.
+        progress: called with the pass's name, its number and how many there are.
+
+    Raises:
+        CheckFailedError: a pass broke the model, or changed nothing although it had to.
+        NotMeasuredError: a check could not be carried out.
+    """
+    if check != "off" and checker is None:
+        raise UsageError(f"check={check!r} needs a checker")
+    first = cost = model_cost(model)
+    steps: list[Step] = []
+    for number, item in enumerate(passes):
+        if progress is not None:
+            progress(item.name, number, len(passes))
+        step, cost = _run_one(model, item, cost, checker if check == "each" else None)
+        steps.append(step)
+        if require_change and not step.changed:
+            reason = next((r.text for r in step.remarks if r.kind == "missed"), "nothing in the model matched")
+            raise CheckFailedError(f"{step.text} changed nothing, but a change was required: {reason}")
+        if after_pass is not None:
+            after_pass(model, item, number)
+    distance = None
+    if checker is not None and check != "off":
+        if check == "final" and any(step.changed for step in steps):
+            worst = max((p.numerics for p in passes), key=list(Numerics).index)
+            steps[-1].distance, steps[-1].verdict = checker.check(model, worst, "the sequence of passes", None)
+        distance = checker.total()
+    return PipelineResult(steps, first, cost, distance)
+
+
+def _run_one(model: Model, item: Pass, cost: ModelCost, checker: Checker | None) -> tuple[Step, ModelCost]:
+    step = Step(item.name, to_text(item), item.numerics)
+    step.bytes_before, step.nodes_before = cost.weight_bytes, cost.nodes
+    before = model.clone()
+    shape, mark = signature(model), fingerprint(model)
+    remarks = Remarks()
+    reset_peak_memory()
+    began = time.perf_counter()
+    reason = None
+    if item.needs_opset > model.opset:
+        from effic.ir.onnx_format import raise_opset
+
+        reason = raise_opset(model, item.needs_opset)
+        model.forget_names()
+    if reason is None:
+        item.apply(model, remarks)
+        if before.opset != model.opset and not remarks.count("passed"):
+            # The opset is raised only for a pass that makes use of it.
+            model.ir = before.ir.clone()
+    else:
+        remarks.missed(f"opset {model.opset}", f"{item.name} needs opset {item.needs_opset}: {reason}")
+    step.seconds = time.perf_counter() - began
+    step.peak_memory = peak_memory()
+    step.remarks = remarks.items
+    model.forget_names()
+    verify(model, f"after {item.name} the model")
+    if signature(model) != shape:
+        changed = [b for a, b in zip(shape, signature(model), strict=False) if a != b]
+        raise CheckFailedError(f"{item.name} changed the model's inputs or outputs: {changed}")
+    step.changed = fingerprint(model) != mark
+    if not step.changed:
+        step.verdict = "unchanged"
+    else:
+        cost = model_cost(model)
+        if checker is not None:
+            step.distance, step.verdict = checker.check(model, item.numerics, item.name, before)
+    step.bytes_after, step.nodes_after = cost.weight_bytes, cost.nodes
+    step.parameters, step.macs = cost.parameters, cost.macs
+    if step.changed:
+        model.record.append(
+            PassRecord(
+                step.text, version("effic"), step.passed, step.missed, step.bytes_before, step.bytes_after
+            )
+        )
+    return step, cost
+
+
+def fingerprint(model: Model) -> int:
+    """A number that changes when the graph does (tensors count by identity: they are never edited)."""
+    rows: list[Any] = [tuple(sorted(model.ir.opset_imports.items())), *sorted(map(str, model.ir.functions))]
+    for graph in model.graphs():
+        rows.append(tuple(v.name for v in graph.outputs))
+        rows.extend((n, id(v.const_value)) for n, v in graph.initializers.items())
+        for node in graph:
+            rows.append((
+                node.domain,
+                node.op_type,
+                tuple(None if v is None else v.name for v in node.inputs),
+                tuple(v.name for v in node.outputs),
+                tuple((k, _attribute_mark(a)) for k, a in sorted(node.attributes.items())),
+            ))  # fmt: skip
+    return hash(tuple(rows))
+
+
+def _attribute_mark(attr: ir.Attr) -> Any:
+    if attr.is_ref():
+        return attr.ref_attr_name
+    if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        return None  # its nodes are visited as a graph of their own
+    if attr.type in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
+        return id(attr.value)
+    return str(attr.value)
+

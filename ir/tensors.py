@@ -82,7 +82,7 @@ class Scratch:
                 packed ``uint8`` handed to :meth:`packed`.
             dtype: element type, where it cannot be told from ``array``.
         """
-        tensor = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+        tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
         return self._spill(tensor)
 
     def packed(self, name: str, packed: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:

@@ -1,0 +1,53 @@
+"""Costs are counted, each weight once."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from effic.ir.cost import model_cost, weight_bytes
+from effic.ir.model import Model
+
+TEXT = """
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[N,3,8,8] x, float[N,T,6] z) => (float[N,4,4,4] y, float[N,T,5] u, float[N,T,5] v) {
+  y = Conv<strides = [2,2], pads = [1,1,1,1]>(x, w)
+  u = MatMul(z, m)
+  v = MatMul(z, m)
+}
+"""
+
+
+def make() -> Model:
+    model = Model(ir.from_onnx_text(TEXT.replace("float[N,T,6] z)", "float[N,T,6] z, float[4,3,3,3] w, float[6,5] m)")))
+    graph = model.graph
+    for name, shape in (("m", (6, 5)), ("w", (4, 3, 3, 3))):
+        value = graph.inputs.pop()
+        assert value.name == name
+        value.const_value = ir.tensor(np.ones(shape, np.float32), name=name)
+        graph.register_initializer(value)
+    return model
+
+
+def test_counts() -> None:
+    cost = model_cost(make(), {"N": 2, "T": 7})
+    conv, matmul = 2 * 4 * 4 * 4 * 3 * 9, 2 * 7 * 6 * 5
+    assert cost.macs == conv + 2 * matmul
+    assert cost.macs_unknown == 0
+    assert cost.parameters == 4 * 27 + 30
+    assert cost.weight_bytes == 4 * cost.parameters == weight_bytes(make())
+    assert cost.nodes == 3
+    assert cost.ops == {"MatMul": 2, "Conv": 1}
+    assert [n.weight_bytes for n in cost.per_node] == [432, 120, 0]
+
+
+def test_dynamic_dimensions_count_as_one() -> None:
+    assert model_cost(make()).macs == 4 * 4 * 4 * 27 + 2 * 30
+
+
+def test_inference_leaves_the_model_alone() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+        g (float[N,4] x) => (float[N,4] y) { a = Relu(x)  b = MatMul(a, a2)  y = Relu(b) }"""
+    model = Model(ir.from_onnx_text(text.replace("float[N,4] x)", "float[N,4] x, float[4,4] a2)")))
+    assert model_cost(model, {"N": 3}).macs == 3 * 16
+    assert all(v.shape is None for n in list(model.graph)[:2] for v in n.outputs)

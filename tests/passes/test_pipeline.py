@@ -1,0 +1,175 @@
+"""The runner catches passes that break their word; these break it on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from effic.ir.errors import CheckFailedError, NotMeasuredError, UsageError
+from effic.ir.model import Model
+from effic.passes.base import Numerics, Pass, Remarks
+from effic.passes.pipeline import Checker, judge, run_passes
+from effic.ir.evaluate import Distance
+
+TEXT = """
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[N,4] x) => (float[N,3] y)
+<float[4,3] w = {1,2,3,4,5,6,7,8,9,10,11,12}, float[3] b = {1,2,3}>
+{
+  h = MatMul(x, w)
+  s = Add(h, b)
+  y = Relu(s)
+}
+"""
+
+
+def make() -> Model:
+    return Model(ir.from_onnx_text(TEXT))
+
+
+@dataclass(frozen=True)
+class Edit(Pass):
+    """Multiplies the bias; claims whatever the test lets it claim."""
+
+    name: ClassVar[str] = "edit"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    factor: float = 1.0
+
+    def apply(self, model: Model, remarks: Remarks) -> None:
+        add = next(model.nodes("Add"))
+        old = np.array([1, 2, 3], np.float32)
+        with np.errstate(all="ignore"):
+            new = (old * np.float32(self.factor)).astype(np.float32)
+        add.replace_input_with(1, model.add_initializer(model.graph, "b_new", new))
+        remarks.passed(add, "edited")
+
+
+@dataclass(frozen=True)
+class Rounding(Edit):
+    """The same, claiming ROUNDING."""
+
+    name: ClassVar[str] = "rounding-edit"
+    numerics: ClassVar[Numerics] = Numerics.ROUNDING
+
+
+@dataclass(frozen=True)
+class Lossy(Edit):
+    """The same, claiming LOSSY."""
+
+    name: ClassVar[str] = "lossy-edit"
+    numerics: ClassVar[Numerics] = Numerics.LOSSY
+
+
+@dataclass(frozen=True)
+class Dangling(Pass):
+    """Removes a node others still read."""
+
+    name: ClassVar[str] = "dangling"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def apply(self, model: Model, remarks: Remarks) -> None:
+        model.graph.remove(next(model.nodes("MatMul")))
+
+
+@dataclass(frozen=True)
+class Renames(Pass):
+    """Renames a graph output."""
+
+    name: ClassVar[str] = "renames"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def apply(self, model: Model, remarks: Remarks) -> None:
+        model.graph.outputs[0].name = "z"
+
+
+@dataclass(frozen=True)
+class Nothing(Pass):
+    """Looks and leaves."""
+
+    name: ClassVar[str] = "nothing"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def apply(self, model: Model, remarks: Remarks) -> None:
+        remarks.missed(next(model.nodes("Add")), "it is too nice")
+
+
+def run(model: Model, *passes: Pass, **options):
+    return run_passes(model, passes, checker=Checker(model), **options)
+
+
+def test_exact_pass_that_moves_numbers_is_caught_and_the_node_named() -> None:
+    with pytest.raises(CheckFailedError, match=r"edit broke the model.*made by Add"):
+        run(make(), Edit(factor=1.0001))
+
+
+def test_rounding_pass_may_move_within_the_tolerance_only() -> None:
+    step = run(make(), Rounding(factor=1.000001)).steps[0]
+    assert step.verdict.startswith("rounding")
+    with pytest.raises(CheckFailedError, match="rounding-edit"):
+        run(make(), Rounding(factor=1.01))
+
+
+def test_lossy_pass_is_measured() -> None:
+    result = run(make(), Lossy(factor=1.1))
+    assert result.steps[0].verdict.startswith("SQNR")
+    assert result.distance is not None
+    assert 0 < result.distance.max_rel < 0.1
+
+
+@pytest.mark.parametrize("kind", [Edit, Rounding, Lossy])
+def test_new_nan_or_inf_always_fails(kind: type[Edit]) -> None:
+    with pytest.raises(CheckFailedError, match="NaN or Inf"):
+        run(make(), kind(factor=float("inf")))
+
+
+def test_broken_structure_is_caught_with_the_neighbourhood() -> None:
+    with pytest.raises(CheckFailedError, match="nothing before it makes") as error:
+        run_passes(make(), [Dangling()], check="off")
+    assert "> Add" in str(error.value)
+
+
+def test_inputs_and_outputs_may_not_change() -> None:
+    with pytest.raises(CheckFailedError, match="inputs or outputs"):
+        run_passes(make(), [Renames()], check="off")
+
+
+def test_pass_that_changes_nothing() -> None:
+    result = run(make(), Nothing())
+    assert result.steps[0].verdict == "unchanged"
+    assert not result.steps[0].changed
+    assert result.steps[0].missed == 1
+    with pytest.raises(CheckFailedError, match=r"nothing changed nothing.*too nice"):
+        run(make(), Nothing(), require_change=True)
+
+
+def test_final_check_judges_by_the_widest_class() -> None:
+    result = run(make(), Lossy(factor=1.1), Rounding(factor=1.1), check="final")
+    assert result.steps[-1].verdict.startswith("SQNR")
+    with pytest.raises(CheckFailedError, match="sequence"):
+        run(make(), Edit(factor=1.1), check="final")
+
+
+def test_record_is_kept() -> None:
+    model = make()
+    run(model, Lossy(factor=1.1), Nothing())
+    assert [r.text for r in model.record] == ["lossy-edit{factor=1.1}"]
+
+
+def test_random_models_cannot_be_checked() -> None:
+    text = TEXT.replace("y = Relu(s)", "r = RandomNormalLike(s)\n y = Add(s, r)")
+    with pytest.raises(NotMeasuredError, match="random"):
+        Checker(Model(ir.from_onnx_text(text)))
+
+
+def test_check_needs_a_checker() -> None:
+    with pytest.raises(UsageError):
+        run_passes(make(), [Nothing()])
+
+
+def test_judge_integers() -> None:
+    assert judge(Distance(wrong_integers=1), Numerics.ROUNDING, 1e-4).startswith("broken")
+    assert judge(Distance(), Numerics.EXACT, 0.0) == "exact"

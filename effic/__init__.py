@@ -11,11 +11,10 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from effic.backends.ort.artifact import Artifact as Artifact
+    from effic.backends.ort.artifact import OrtArtifact as OrtArtifact
     from effic.bench import bench as bench
     from effic.compare import compare as compare
     from effic.gate import gate as gate
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from effic.passes.spec import parse_passes as parse_passes
 
 _EXPORTS = {
-    "Artifact": "effic.backends.ort.artifact",
+    "OrtArtifact": "effic.backends.ort.artifact",
     "EfficError": "effic.ir.errors",
     "Model": "effic.ir.model",
     "Numerics": "effic.passes.base",
@@ -58,7 +57,9 @@ __all__ = sorted(_EXPORTS)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version("effic")
+        from importlib.metadata import version
+
+        return version("effic")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'effic' has no attribute '{name}'")

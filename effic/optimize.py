@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from effic.ir.memory import peak_memory, reset_peak_memory
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 from effic.ir.verify import verify
+from effic.measure import file_bytes
 from effic.passes.base import Numerics, Pass, Remarks
 from effic.passes.pipeline import Check, Checker, Step, fingerprint, judge, run_passes
 from effic.passes.presets import preset
@@ -150,7 +152,8 @@ def optimize(
     arrays = load_inputs(inputs) if isinstance(inputs, (str, os.PathLike)) else inputs
     options = {"dynamic_shapes": dynamic_shapes} if dynamic_shapes is not None else {}
     model = load(source, example_inputs, **options)
-    input_bytes = _stored_bytes(model.origin.path)
+    # Now, while the weights still point into the files they came from.
+    input_bytes = _stored_bytes(model)
     steps_in_all = len(sequence) + 2
     checker = None
     if check != "off":
@@ -177,10 +180,11 @@ def optimize(
     if checker is not None and canonical is not None:
         _tell(progress, "running the result", len(sequence) + 1, steps_in_all)
         verdict, distance = _check_result(model, canonical, checker, sequence, lowered, check)
-    written = None
+    written, output_bytes = None, None
     if output is not None and not dry_run:
         model.save(output, force=force, external=external)
         written = os.fspath(output)
+        output_bytes = _stored_bytes(read_onnx(written))
     return Report(
         source=model.origin.path or f"a model from {model.origin.front_end}",
         notes=model.origin.notes,
@@ -192,7 +196,7 @@ def optimize(
         verdict=verdict,
         distance=distance,
         output=written,
-        file_bytes=(input_bytes, _stored_bytes(written)),
+        file_bytes=(input_bytes, output_bytes),
         seconds=time.perf_counter() - began,
         versions={p: version(p) for p in ("effic", "onnx", "onnx-ir", "onnxruntime", "numpy")},
         model=model,
@@ -266,11 +270,10 @@ def _refuse_early(output: str | os.PathLike[str], force: bool) -> None:
         raise UsageError(f"the output {path} exists; give --force to write over it")
 
 
-def _stored_bytes(path: str | None) -> int | None:
-    """Bytes of a model file and the external data files it refers to."""
-    from effic.ir.onnx_format import file_bytes
-
-    return None if path is None or not path.endswith(".onnx") else file_bytes(path)
+def _stored_bytes(model: Model) -> int | None:
+    """Bytes of the model's file and its external data, or None for a model that is from no ONNX file."""
+    path = model.origin.path
+    return file_bytes(model, Path(path)) if path and model.origin.front_end == "onnx" else None
 
 
 def _tell(progress: Progress | None, text: str, number: int, total: int) -> None:

@@ -87,7 +87,7 @@ def start_session(path: str, *, optimized: bool = False, threads: int = 0) -> or
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except _ort_errors() as error:
+    except runtime_errors() as error:
         raise NotMeasuredError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
 
 
@@ -116,7 +116,7 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray])
             results = session.run(names, plain)
         else:
             results = [_to_numpy(value) for value in session.run_with_ort_values(names, feeds)]
-    except _ort_errors() as error:
+    except runtime_errors() as error:
         raise NotMeasuredError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
     return dict(zip(names, (np.asarray(r) for r in results), strict=True))
 
@@ -127,11 +127,12 @@ def _to_numpy(value: Any) -> np.ndarray:
 
         count = math.prod(value.shape())
         raw = (ctypes.c_uint16 * count).from_address(value.data_ptr())
-        return np.frombuffer(raw, np.uint16).copy().view(ml_dtypes.bfloat16).reshape(value.shape())
+        bits = np.frombuffer(raw, np.uint16).copy()
+        return np.asarray(bits.view(ml_dtypes.bfloat16).reshape(value.shape()))
     return np.asarray(value.numpy())
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
+def runtime_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises: its own family, and plain RuntimeErrors and ValueErrors of pybind."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -258,7 +259,9 @@ def index_bound(value: ir.Value) -> int | None:
             if node.op_type in ("Gather", "GatherElements", "GatherBlockQuantized") and index == 1:
                 table = node.inputs[0]
                 axis = node.attributes.get_int("axis", 0) if "axis" in node.attributes else 0
-                axis = node.attributes.get_int("gather_axis", axis) if "gather_axis" in node.attributes else axis
+                axis = (
+                    node.attributes.get_int("gather_axis", axis) if "gather_axis" in node.attributes else axis
+                )
                 tensor = constant_tensor(table)
                 shape = tensor.shape if tensor is not None else (table.shape if table is not None else None)
                 if shape is not None and -len(shape) <= axis < len(shape) and isinstance(shape[axis], int):

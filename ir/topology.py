@@ -81,7 +81,8 @@ def immediate_dominators(graph: ir.Graph, start: ir.Node) -> dict[ir.Node, ir.No
 def region(graph: ir.Graph, start: ir.Node, end: ir.Node) -> set[ir.Node]:
     """The nodes that lie on some path from ``start`` to ``end``, both included."""
     view = digraph(graph)
-    return ({start} | nx.descendants(view, start)) & ({end} | nx.ancestors(view, end))
+    after, before = nx.descendants(view, start), nx.ancestors(view, end)
+    return ({start} | set(after)) & ({end} | set(before))
 
 
 def neighbourhood(node: ir.Node, limit: int = 6) -> str:

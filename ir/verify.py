@@ -78,9 +78,9 @@ def _graph_problems(
         elif value.dtype is not None and value.dtype != tensor.dtype:
             yield f"initializer '{name}' has the type {tensor.dtype} but is declared {value.dtype}", None
     for node in graph:
-        for value in node.inputs:
-            if value is not None and scope.get(value.name or "") is not value:
-                yield f"{describe(node)} reads '{value.name}', which nothing before it makes", node
+        for read in node.inputs:
+            if read is not None and scope.get(read.name or "") is not read:
+                yield f"{describe(node)} reads '{read.name}', which nothing before it makes", node
         if problem := _operator_problem(node, opsets, functions):
             yield problem, node
         for inner in subgraphs(node):
@@ -98,9 +98,7 @@ def _graph_problems(
         del scope[name]
 
 
-def _operator_problem(
-    node: ir.Node, opsets: dict[str, int], functions: set[tuple[str, str]]
-) -> str | None:
+def _operator_problem(node: ir.Node, opsets: dict[str, int], functions: set[tuple[str, str]]) -> str | None:
     if (node.domain, node.op_type) in functions:
         return None
     domain = "" if node.domain == "ai.onnx" else node.domain

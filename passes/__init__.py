@@ -52,7 +52,9 @@ def load_pass(name: str) -> type[Pass]:
     else:
         entry = next((e for e in entry_points(group="effic.passes") if e.name == name), None)
         if entry is None:
-            raise UsageError(f"there is no pass '{name}'{near(name, pass_names())}; `effic passes` lists them")
+            raise UsageError(
+                f"there is no pass '{name}'{near(name, pass_names())}; `effic passes` lists them"
+            )
         try:
             found = entry.load()
         except (ImportError, AttributeError) as error:

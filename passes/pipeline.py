@@ -121,7 +121,9 @@ class Checker:
             )
         self.outputs = self.original
 
-    def check(self, model: Model, numerics: Numerics, name: str, before: Model | None) -> tuple[Distance, str]:
+    def check(
+        self, model: Model, numerics: Numerics, name: str, before: Model | None
+    ) -> tuple[Distance, str]:
         """The distance from the last outputs, and the verdict in words.
 
         Raises:
@@ -155,15 +157,15 @@ class Checker:
             have = {v.name for v in copy.graph.outputs}
             for node in copy.graph:
                 for value in node.outputs:
-                    if value.name and value.name not in have and value.type is not None:
+                    if value.name and value.name not in have:
                         copy.graph.outputs.append(value)
             tapped.append(copy)
         try:
             want, got = (Oracle(copy).run(self.inputs) for copy in tapped)
         except NotMeasuredError:
-            # Taps need the types of all values; without them the pass alone is named.
+            # A value that is no tensor cannot be tapped; then the pass alone is named.
             return ""
-        moved = {n: d for n, d in distances(want, got)}
+        moved = dict(distances(want, got))
         tolerance = rounding_tolerance(after)
         for node in tapped[1].graph:
             for value in node.outputs:
@@ -253,7 +255,9 @@ def run_passes(
         step, cost = _run_one(model, item, cost, checker if check == "each" else None)
         steps.append(step)
         if require_change and not step.changed:
-            reason = next((r.text for r in step.remarks if r.kind == "missed"), "nothing in the model matched")
+            reason = next(
+                (r.text for r in step.remarks if r.kind == "missed"), "nothing in the model matched"
+            )
             raise CheckFailedError(f"{step.text} changed nothing, but a change was required: {reason}")
         if after_pass is not None:
             after_pass(model, item, number)
@@ -261,7 +265,9 @@ def run_passes(
     if checker is not None and check != "off":
         if check == "final" and any(step.changed for step in steps):
             worst = max((p.numerics for p in passes), key=list(Numerics).index)
-            steps[-1].distance, steps[-1].verdict = checker.check(model, worst, "the sequence of passes", None)
+            steps[-1].distance, steps[-1].verdict = checker.check(
+                model, worst, "the sequence of passes", None
+            )
         distance = checker.total()
     return PipelineResult(steps, first, cost, distance)
 
@@ -338,4 +344,3 @@ def _attribute_mark(attr: ir.Attr) -> Any:
     if attr.type in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
         return id(attr.value)
     return str(attr.value)
-

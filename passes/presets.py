@@ -30,7 +30,10 @@ _CLEANUP: tuple[tuple[str, str], ...] = (
     ("eliminate-dead-code", "first: nothing later spends time on what nobody reads"),
     ("eliminate-identities", "Identity, Dropout and no-op casts hide the patterns the next passes look for"),
     ("fold-constants", "shape arithmetic and constant subgraphs become constants, within a size bound"),
-    ("canonicalize-linear", "weights reach MatMul and Gemm constant and un-transposed, so that runtimes fuse"),
+    (
+        "canonicalize-linear",
+        "weights reach MatMul and Gemm constant and un-transposed, so that runtimes fuse",
+    ),
     ("eliminate-identities", "folding shapes turns Reshape, Expand and Slice into no-ops"),
     ("eliminate-common-subexpressions", "after folding: more nodes and constants have become equal"),
     ("eliminate-dead-code", "last: what folding and merging left without a reader"),
@@ -42,7 +45,10 @@ PRESETS: dict[str, Preset] = {
         "cleanup and the fusions that every inference model wants; no precision is given up",
         (
             *_CLEANUP,
-            ("reparameterize-branches", "before BN folding: branches are easier to see while each has its norm"),
+            (
+                "reparameterize-branches",
+                "before BN folding: branches are easier to see while each has its norm",
+            ),
             ("fuse-conv-bn", "batch norms and per-channel scales go into the weights beside them"),
             ("eliminate-dead-code", "the parameters of the folded norms have no reader left"),
         ),

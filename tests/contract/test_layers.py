@@ -78,7 +78,7 @@ def test_the_core_needs_no_torch() -> None:
 def test_functions_stay_functions_when_their_modules_are_imported() -> None:
     import effic
     import effic.compare
-    import effic.optimize  # noqa: F401
+    import effic.optimize
 
     assert callable(effic.optimize)
     assert callable(effic.compare)

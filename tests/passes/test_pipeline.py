@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 
 from effic.ir.errors import CheckFailedError, NotMeasuredError, UsageError
+from effic.ir.evaluate import Distance
 from effic.ir.model import Model
 from effic.passes.base import Numerics, Pass, Remarks
 from effic.passes.pipeline import Checker, judge, run_passes
-from effic.ir.evaluate import Distance
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>

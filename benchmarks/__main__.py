@@ -1,0 +1,21 @@
+"""``python -m benchmarks [NAME …]``: run the named benchmarks, or all of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+NAMES = ("quantize_large", "cleanup_transformer", "scaling", "rtn_quality", "real_models")
+
+
+def main(names: list[str]) -> None:
+    """Run benchmarks by name."""
+    unknown = [n for n in names if n not in NAMES]
+    if unknown:
+        raise SystemExit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    for name in names or NAMES:
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

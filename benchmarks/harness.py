@@ -1,0 +1,101 @@
+"""Whole processes measured from outside, interleaved, on one core; and what they ran on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished process: wall and CPU seconds, largest resident set in bytes."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def data_folder() -> Path | None:
+    """The folder of real models and data (see tests/conftest.py), or None."""
+    folder = Path(os.environ.get("EFFIC_DATA", ROOT.parent / "shared" / "data"))
+    return folder if (folder / "load.py").is_file() else None
+
+
+def machine(*packages: str) -> str:
+    """A line about the machine and the versions of packages."""
+    cpu = platform.processor() or "unknown CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} absent")
+    python = f"Python {platform.python_version()}"
+    return f"{cpu}, {os.cpu_count()} cores; {python}; {'; '.join(found)}"
+
+
+def run(code_or_command: str | Sequence[str], core: int = 0) -> Run:
+    """Run Python code or a command as a process of its own, pinned to one core.
+
+    Raises:
+        SystemExit: the process failed; its output is shown.
+    """
+    command = (
+        [sys.executable, "-c", code_or_command] if isinstance(code_or_command, str) else list(code_or_command)
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, {core})
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{command} failed:\n{log.read().decode(errors='replace')[-3000:]}")
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def interleaved(commands: Mapping[str, str | Sequence[str]], repeats: int = 5) -> dict[str, Run]:
+    """Median of each figure over ``repeats`` rounds A B C A B C …, after one round not counted."""
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for number in range(repeats + 1):
+        for name, command in commands.items():
+            result = run(command)
+            if number:
+                runs[name].append(result)
+    return {
+        name: Run(
+            statistics.median(r.wall for r in rows),
+            statistics.median(r.cpu for r in rows),
+            int(statistics.median(r.peak for r in rows)),
+        )
+        for name, rows in runs.items()
+    }
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a Markdown table."""
+    print(f"\n## {title}\n")
+    print("| " + " | ".join(head) + " |")
+    print("|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
+import numpy as np
 import onnx_ir as ir
 
 from effic.ir.mapped import FileMap, MappedTensor
@@ -77,7 +78,7 @@ class DataFiles:
             raise ExternalDataError(f"at {shown}, a file with several hard links")
         return status.st_size
 
-    def map(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    def map(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
         """The tensor read through a shared map, or through its own when there are too many files.
 
         Raises:
@@ -88,7 +89,10 @@ class DataFiles:
         offset = tensor.offset or 0
         if location == self.own:
             return MappedTensor.standing_for(tensor, self.model)
-        if tensor.size == 0 or len(self._sizes) > MAX_OPEN:
+        if tensor.size == 0:
+            empty = np.zeros(tensor.shape.numpy(), tensor.dtype.numpy())
+            return ir.Tensor(empty, dtype=tensor.dtype, name=tensor.name)
+        if len(self._sizes) > MAX_OPEN:
             tensor.base_dir = self.folder
             return tensor
         if location not in self._maps:

@@ -46,6 +46,10 @@ _FIELD_OF_TYPE: dict[int, str] = {
 }
 _KNOWN_TYPES = {int(t) for t in ir.DataType if t != ir.DataType.UNDEFINED}
 _STANDARD = ("", "ai.onnx")
+_ONNX = f"onnx {onnx.__version__}"
+_UPGRADE = "upgrade the package 'onnx', or export the model again"
+# numpy's limit, and the largest number of bytes an array may be declared with.
+_MAX_RANK, _MAX_BYTES = 64, 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +60,14 @@ class Limits:
         nodes: nodes in all graphs together, functions counted at each call.
         depth: subgraphs inside subgraphs.
         functions: model-local functions.
+        structure_bytes: bytes of the file that are not long tensor payloads; they are parsed in memory.
     """
 
     nodes: int = 1_000_000
     # protobuf's own limit of 100 messages ends at about 32 subgraphs; exporters rarely pass 4.
     depth: int = 24
     functions: int = 20_000
+    structure_bytes: int = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,12 @@ def check_model(proto: onnx.ModelProto, name: str, files: DataFiles, limits: Lim
     return Found(checker.model(proto), checker.sorted)
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, short, and without characters that would steer a terminal."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-90:]}"
+
+
 class _Checker:
     def __init__(self, name: str, files: DataFiles, limits: Limits) -> None:
         self.name = name
@@ -100,12 +112,15 @@ class _Checker:
         self.limits = limits
         self.nodes = 0
         self.opsets: Mapping[str, int] = {}
-        self.in_function = False
+        # Attributes the function that is being checked declares; None outside functions.
+        self.declared: set[str] | None = None
+        # Per enclosing graph, the values made before the node that is being checked.
+        self.visible: list[set[str]] = []
         self.negative_dims = 0
         self.sorted = True
 
     def fail(self, text: str, advice: str = "export the model again") -> NoReturn:
-        raise InvalidModelError(f"{self.name}: {text}; {advice}.")
+        raise InvalidModelError(f"{self.name}: {printable(text)}; {advice}.")
 
     def text(self, value: object, what: str) -> str:
         # protobuf hands out bytes where a string is no UTF-8.
@@ -120,8 +135,8 @@ class _Checker:
             self.fail("the file holds no graph", "is this an ONNX model? Export or download it again")
         if not 1 <= proto.ir_version <= onnx.IR_VERSION:
             self.fail(
-                f"its IR version is {proto.ir_version}, and onnx {onnx.__version__} knows 1 to {onnx.IR_VERSION}",
-                "upgrade the package 'onnx', or export the model again",
+                f"its IR version is {proto.ir_version}, and {_ONNX} knows 1 to {onnx.IR_VERSION}",
+                _UPGRADE,
             )
         for field in ("producer_name", "producer_version", "domain", "doc_string"):
             self.text(getattr(proto, field), f"the model's {field}")
@@ -152,11 +167,11 @@ class _Checker:
                 entry.domain = domain = ""
                 if not 1 <= entry.version <= newest:
                     self.fail(
-                        f"{owner} imports opset {entry.version}, and onnx {onnx.__version__} knows 1 to {newest}",
-                        "upgrade the package 'onnx', or export the model again",
+                        f"{owner} imports opset {entry.version}, and {_ONNX} knows 1 to {newest}",
+                        _UPGRADE,
                     )
             if found.setdefault(domain, entry.version) != entry.version:
-                self.fail(f"{owner} imports two versions of the domain '{domain}'")
+                self.fail(f"{owner} imports two versions of the domain '{domain or 'ai.onnx'}'")
         if not found:
             self.fail(f"{owner} imports no operator set")
         return found
@@ -166,16 +181,23 @@ class _Checker:
     def functions(self, proto: onnx.ModelProto) -> None:
         if len(proto.functions) > self.limits.functions:
             self.fail(f"it has {len(proto.functions)} functions, more than {self.limits.functions}")
-        model_opsets, self.in_function = self.opsets, True
+        model_opsets = self.opsets
         seen: set[tuple[str, str, str]] = set()
         for function in proto.functions:
             name = self.text(function.name, "a function's name")
-            key = (self.text(function.domain, f"the domain of function '{name}'"), name, function.overload)
+            where = f"function '{name}'"
+            for field in ("domain", "overload", "doc_string"):
+                self.text(getattr(function, field), f"the {field} of {where}")
+            self.metadata(function.metadata_props, where)
+            if function.domain == "ai.onnx":
+                function.domain = ""
+            key = (function.domain, name, function.overload)
             if key in seen:
                 self.fail(f"two functions are called '{key[0]}.{name}'")
             seen.add(key)
-            self.opsets = self.opset_imports(function.opset_import, f"function '{name}'")
-            where = f"function '{name}'"
+            self.opsets = self.opset_imports(function.opset_import, where)
+            self.declared = {self.text(a, f"an attribute of {where}") for a in function.attribute}
+            self.declared.update(a.name for a in function.attribute_proto)
             defined: set[str] = set()
             for value in function.input:
                 self.define(value, defined, f"an input of {where}")
@@ -185,35 +207,29 @@ class _Checker:
             for value in function.output:
                 if value not in defined:
                     self.fail(f"{where} returns '{value}', which nothing in it makes")
-        self.opsets, self.in_function = model_opsets, False
+        self.opsets, self.declared = model_opsets, None
 
     def expansion(self, proto: onnx.ModelProto) -> None:
         """Refuse functions that call themselves, and calls that would unfold beyond the node limit."""
         bodies = {(f.domain, f.name, f.overload): f for f in proto.functions}
         if not bodies:
             return
-        cost: dict[tuple[str, str, str], int] = {}
         calls = {key: list(_calls(function.node, bodies)) for key, function in bodies.items()}
-        size = {key: len(function.node) for key, function in bodies.items()}
-        open_: dict[tuple[str, str, str], None] = {}
+        cost: dict[tuple[str, str, str], int] = {}
         for root in bodies:
-            stack = [root]
-            while stack:
-                key = stack[-1]
-                if key in cost:
-                    stack.pop()
-                    continue
-                open_[key] = None
-                waiting = [callee for callee in calls[key] if callee not in cost]
-                for callee in waiting:
-                    if callee in open_:
-                        self.fail(f"function '{callee[1]}' calls itself, directly or through others")
-                if waiting:
-                    stack.append(waiting[0])
-                    continue
-                cost[key] = min(size[key] + sum(cost[c] for c in calls[key]), self.limits.nodes + 1)
-                del open_[key]
-                stack.pop()
+            # Depth first without recursion: the functions on the way down, each with its calls to go.
+            way = {root: iter(calls[root])} if root not in cost else {}
+            while way:
+                key = next(reversed(way))
+                callee = next((c for c in way[key] if c not in cost), None)
+                if callee is None:
+                    unfolded = len(bodies[key].node) + sum(cost[c] for c in calls[key])
+                    cost[key] = min(unfolded, self.limits.nodes + 1)
+                    del way[key]
+                elif callee in way:
+                    self.fail(f"function '{callee[1]}' calls itself, directly or through others")
+                else:
+                    way[callee] = iter(calls[callee])
         total = self.nodes + sum(cost[key] for key in _calls(proto.graph.node, bodies))
         if total > self.limits.nodes:
             self.fail(f"its functions unfold to more than {self.limits.nodes} nodes")
@@ -249,19 +265,22 @@ class _Checker:
         defined |= initializers
         reads = self.body(proto.node, [*scopes, defined], where, depth)
         self.value_infos(proto.output, where)
-        outputs: set[str] = set()
         for info in proto.output:
-            name = self.define(info.name, outputs, f"an output of {where}")
-            if name not in defined:
-                self.fail(f"{where} returns '{name}', which nothing in it makes")
+            if info.name not in defined:
+                self.fail(f"{where} returns '{info.name}', which nothing in it makes")
+        for annotation in proto.quantization_annotation:
+            self.text(annotation.tensor_name, f"a quantization annotation of {where}")
+            self.metadata(annotation.quant_parameter_tensor_names, "a quantization annotation")
         return reads
 
-    def define(self, name: object, defined: set[str], what: str) -> str:
+    def define(self, name: object, defined: set[str], what: str, *, values: bool = True) -> str:
         name = self.text(name, f"the name of {what}")
         if not name:
             self.fail(f"{what} has no name")
         if name in defined:
             self.fail(f"{what} is called '{name}', a name that is already taken")
+        if values and any(name in names for names in self.visible):
+            self.fail(f"{what} is called '{name}', like a value of an enclosing graph")
         defined.add(name)
         return name
 
@@ -274,16 +293,19 @@ class _Checker:
         if self.nodes > self.limits.nodes:
             self.fail(f"it has more than {self.limits.nodes} nodes")
         defined = scopes[-1]
-        before = set(defined)
+        made = set(defined)
         for node in nodes:
             op = self.text(node.op_type, "an operator's name")
             for name in node.output:
                 if name:
-                    self.define(name, defined, f"an output of {op} '{node.name}'")
+                    self.define(name, defined, f"an output of a node of type {op}")
         reads: list[set[str]] = []
+        self.visible.append(made)
         for node in nodes:
             reads.append(self.node(node, scopes, depth))
-        self.order(nodes, reads, before, where)
+            made.update(node.output)
+        self.visible.pop()
+        self.order(nodes, reads, where)
         return set().union(*reads) - defined
 
     def node(self, node: onnx.NodeProto, scopes: list[set[str]], depth: int) -> set[str]:
@@ -298,8 +320,8 @@ class _Checker:
         self.metadata(node.metadata_props, where)
         if node.domain == "ai.onnx":
             node.domain = ""
-        if node.domain not in self.opsets:
-            self.fail(f"{where} is of the domain '{node.domain}', whose operator set is not imported")
+        if node.domain == "" and "" not in self.opsets:
+            self.fail(f"{where} is a standard operator, but no version of the standard set is imported")
         reads: set[str] = set()
         for value in node.input:
             if value == "":
@@ -310,7 +332,7 @@ class _Checker:
             reads.add(value)
         return reads | self.attributes(node.attribute, where, scopes, depth)
 
-    def order(self, nodes: list[onnx.NodeProto], reads: list[set[str]], before: set[str], where: str) -> None:
+    def order(self, nodes: list[onnx.NodeProto], reads: list[set[str]], where: str) -> None:
         """Refuse cycles. Nodes that are merely out of order are sorted later."""
         made_by = {name: i for i, node in enumerate(nodes) for name in node.output if name}
         waits = [{made_by[name] for name in names if name in made_by} for names in reads]
@@ -343,18 +365,25 @@ class _Checker:
         seen: set[str] = set()
         reads: set[str] = set()
         for attribute in attributes:
-            name = self.define(attribute.name, seen, f"an attribute of {where}")
+            name = self.define(attribute.name, seen, f"an attribute of {where}", values=False)
             here = f"attribute '{name}' of {where}"
             if attribute.ref_attr_name:
-                if not self.in_function:
+                if self.declared is None:
                     self.fail(f"{here} refers to a function's attribute, but is in no function")
-                self.text(attribute.ref_attr_name, here)
+                if attribute.ref_attr_name not in self.declared:
+                    self.fail(f"{here} refers to an attribute its function does not declare")
                 continue
             kind = attribute.type
             if kind == _ATTRIBUTE.UNDEFINED:
                 self.fail(f"{here} has no type, or one onnx {onnx.__version__} does not know")
             if kind in (_ATTRIBUTE.SPARSE_TENSOR, _ATTRIBUTE.SPARSE_TENSORS):
                 self.fail(f"{here} is a sparse tensor, which effic does not read", "store it dense")
+            for string in attribute.strings:
+                # A single string may be any bytes (custom operators use that); a list may not.
+                try:
+                    string.decode()
+                except UnicodeDecodeError:
+                    self.fail(f"{here} holds a string that is not valid UTF-8")
             if kind == _ATTRIBUTE.TENSOR:
                 self.tensor(attribute.t, here)
             for tensor in attribute.tensors:
@@ -417,6 +446,8 @@ class _Checker:
             self.fail(f"{where} is of element type number {tensor.data_type}, which does not exist")
         if any(d < 0 for d in tensor.dims):
             self.fail(f"{where} has the negative dimension {min(tensor.dims)}")
+        if len(tensor.dims) > _MAX_RANK or math.prod(d for d in tensor.dims if d) >= _MAX_BYTES:
+            self.fail(f"{where} is declared with a shape no machine can hold")
         if tensor.HasField("segment"):
             self.fail(f"{where} is stored in segments, which effic does not read")
         dtype = ir.DataType(tensor.data_type)
@@ -451,7 +482,7 @@ class _Checker:
             expected = elements
             if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
                 expected = 2 * elements
-            elif dtype.bitwidth in (2, 4):
+            elif dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4):
                 # Packed in int32_data as in raw_data, one byte to an entry.
                 expected = -(-elements * dtype.bitwidth // 8)
         if got != expected:
@@ -471,6 +502,8 @@ class _Checker:
                 self.fail(f"{where} has the external data {key} {text[:40]!r}, which is no size")
             numbers[key] = None if text is None else int(text)
         length = numbers["length"]
+        if length is not None and length != expected and entries.get("location") == self.files.marker:
+            self.fail(f"{where} needs {expected} bytes but holds {length}")
         if length is not None and length != expected:
             self.fail(f"{where} needs {expected} bytes but its external data has {length}")
         try:

@@ -70,7 +70,7 @@ def read_onnx(path: str | os.PathLike[str], *, limits: Limits = Limits()) -> Mod
     path = os.fspath(path)
     # The marker cannot be guessed, so no file can pass its own external data off as inline bytes.
     files = DataFiles(_open(path), f"inline-{secrets.token_hex(16)}")
-    proto = _parse(path, files)
+    proto = _parse(path, files, limits)
     found = check_model(proto, os.path.basename(path), files, limits)
     try:
         model = ir.serde.deserialize_model(proto)
@@ -100,16 +100,25 @@ def _open(path: str) -> FileMap:
         raise UsageError(f"cannot read {path!r}: {error.strerror or error}.") from error
 
 
-def _parse(path: str, files: DataFiles) -> onnx.ModelProto:
+def _parse(path: str, files: DataFiles, limits: Limits) -> onnx.ModelProto:
     data = files.model.map
     try:
         short = skeleton(data, files.marker)
-        return onnx.ModelProto.FromString(short)
+        if len(short) > limits.structure_bytes:
+            raise InvalidModelError(
+                f"{path} holds {len(short)} bytes besides its weights, more than {limits.structure_bytes}; "
+                "if you trust it, raise Limits.structure_bytes."
+            )
+        proto = onnx.ModelProto()
+        proto.ParseFromString(short)
+        return proto
     except (ScanError, google.protobuf.message.DecodeError) as error:
         for offset, magic, meaning in _OTHER_FORMATS:
             if data[offset : offset + len(magic)] == magic:
                 raise InvalidModelError(f"{path} is {meaning}.") from error
-        reason = str(error) if isinstance(error, ScanError) else "its protobuf does not parse"
+        reason = (
+            str(error) if isinstance(error, ScanError) else "its protobuf is damaged or nested too deeply"
+        )
         raise InvalidModelError(f"{path} is no ONNX model: {reason}; download or export it again.") from error
 
 
@@ -128,6 +137,9 @@ def _map_weights(model: ir.Model, path: str, files: DataFiles) -> None:
             for value in graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     value.const_value = files.map(value.const_value)
+                elif isinstance(value.const_value, ir.serde.TensorProtoTensor):
+                    # onnx_ir has copied the metadata, and would write both copies.
+                    value.const_value.raw.ClearField("metadata_props")
             for node in graph:
                 for attribute in list(node.attributes.values()):
                     if attribute.is_ref():
@@ -161,13 +173,19 @@ def _demote_weights(model: ir.Model) -> Iterator[str]:
     """Take initializers off the list of graph inputs."""
     graph = model.graph
     listed = [value for value in graph.inputs if value.is_initializer()]
-    if not listed:
-        return
     kept = [value for value in graph.inputs if not value.is_initializer()]
+    # Before IR version 4 every initializer had to be an input. Since then an input with an
+    # initializer is an optional input; a model that has no other inputs means it so.
+    old = (model.ir_version or 0) < 4
+    model.ir_version = max(model.ir_version or 0, 4)
+    if not listed or not (kept or old):
+        return
     graph.inputs.clear()
     graph.inputs.extend(kept)
-    # Before IR version 4 every initializer had to be an input.
-    model.ir_version = max(model.ir_version or 0, 4)
+    for value in listed:
+        tensor = value.const_value
+        if tensor is not None:
+            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
     yield f"{len(listed)} weights listed among the graph inputs were made plain initializers."
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 import google.protobuf.message
@@ -23,6 +24,8 @@ from effic.ir.tensors import drop_pages
 # Tensors smaller than this stay in the .onnx file when the rest is external: shapes, axes and scales
 # are read by shape inference, and a location costs about a hundred bytes itself.
 SMALL_BYTES = 1024
+# Constants of nodes are folded and matched on more often, and leave the file only when they are weights.
+SMALL_ATTRIBUTE_BYTES = 1 << 16
 # A protobuf message cannot be larger (its sizes are signed 32-bit numbers).
 PROTOBUF_BYTES = (1 << 31) - 1
 # Where a payload starts in the data file: vector loads like 64, memory maps whole pages.
@@ -63,25 +66,29 @@ def write_onnx(
         UnsupportedError: a single file was asked for, and protobuf cannot hold it (2 GiB).
     """
     path = os.fspath(path)
-    folder = os.path.dirname(path) or "."
     if os.path.isdir(path):
         raise UsageError(f"{path} is a folder; name a file to write.")
     if os.path.lexists(path) and not force:
         raise UsageError(f"{path} exists; pass --force (force=True) to overwrite it.")
-    if not os.path.isdir(folder):
-        raise UsageError(f"the folder {folder} does not exist; make it first.")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UsageError(f"the folder {os.path.dirname(path)} does not exist; make it first.")
     model.write_record()
-    values = _initializers(model.ir)
-    total = sum(_nbytes(v.const_value) for v in values)
+    folder, name = os.path.split(path)
+    replaces = os.path.lexists(path)
+    stale = _data_files(folder, name) if replaces else []
     if external is None:
-        external = total > external_threshold
+        external = sum(p.nbytes for p in _payloads(model.ir)) > external_threshold
     try:
-        if external:
-            _write_external(model.ir, path, values, progress)
-        else:
-            _write_single(model.ir, path, values, progress)
+        with _Files() as files:
+            write = _write_external if external else _write_single
+            write(model.ir, files, folder, name, progress or (lambda done, total: None))
+            _keep_readable(model.ir, [path, *stale])
+            files.commit()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
+    for old in stale:
+        with contextlib.suppress(OSError):
+            os.unlink(old)
 
 
 def to_proto(model: Model) -> onnx.ModelProto:
@@ -90,164 +97,181 @@ def to_proto(model: Model) -> onnx.ModelProto:
     Raises:
         UnsupportedError: the message would be larger than protobuf allows (2 GiB).
     """
-    total = sum(_nbytes(v.const_value) for v in _initializers(model.ir))
+    payloads = _payloads(model.ir)
+    total = sum(p.nbytes for p in payloads)
     if total > PROTOBUF_BYTES:
-        raise UnsupportedError(f"{total} bytes of weights do not fit in one protobuf message (2 GiB).")
-    with _prepared(model.ir, {}):
+        raise _too_large(total)
+    with _swapped([(p, _inline(p.tensor)) for p in payloads if isinstance(p.tensor, ir.ExternalTensor)]):
         return _serialize(model.ir)
 
 
 def model_bytes(model: Model) -> int:
     """Bytes the model takes when stored: weights and structure, wherever they lie."""
-    values = [v for v in _initializers(model.ir) if _nbytes(v.const_value) >= SMALL_BYTES]
-    with _prepared(model.ir, {v: _placeholder(v, "", 0) for v in values if _streamable(v)}):
+    large = [p for p in _payloads(model.ir) if p.streamable and p.nbytes >= SMALL_BYTES]
+    with _swapped([(p, p.placeholder("", 0)) for p in large]):
         structure = _serialize(model.ir).ByteSize()
-    return structure + sum(_nbytes(v.const_value) for v in values if _streamable(v))
+    return structure + sum(p.nbytes for p in large)
 
 
 # -- the two layouts -------------------------------------------------------------------------------
 
 
-def _write_external(model: ir.Model, path: str, values: list[ir.Value], progress: Progress | None) -> None:
-    folder, name = os.path.split(path)
-    replaces = os.path.lexists(path)
-    stale = _data_files(folder, name)
+def _write_external(model: ir.Model, files: _Files, folder: str, name: str, progress: Progress) -> None:
     data_name = f"{name}.data"
     number = 0
     while os.path.lexists(os.path.join(folder, data_name)):
         number += 1
         data_name = f"{name}.{number}.data"
-    stand_ins: dict[ir.Value, ir.TensorProtocol] = {}
+    swaps: list[tuple[_Payload, ir.TensorProtocol]] = []
+    layout: list[tuple[int, _Payload]] = []
     at = 0
-    for value in values:
-        size = _nbytes(value.const_value)
-        if size >= SMALL_BYTES and _streamable(value):
-            step = PAGE_BYTES if size >= PAGE_ALIGN_FROM else ALIGN_BYTES
+    for payload in _payloads(model):
+        if payload.streamable and payload.nbytes >= (SMALL_ATTRIBUTE_BYTES if payload.node else SMALL_BYTES):
+            step = PAGE_BYTES if payload.nbytes >= PAGE_ALIGN_FROM else ALIGN_BYTES
             at = -(-at // step) * step
-            stand_ins[value] = _placeholder(value, data_name, at)
-            at += size
-    with _prepared(model, stand_ins):
+            swaps.append((payload, payload.placeholder(data_name, at)))
+            layout.append((at, payload))
+            at += payload.nbytes
+        elif isinstance(payload.tensor, ir.ExternalTensor):
+            swaps.append((payload, _inline(payload.tensor)))
+    with _swapped(swaps):
         structure = _to_bytes(_serialize(model))
-    with _Files() as files:
-        if stand_ins:
-            data = files.create(folder, data_name)
-            for value, stand_in in stand_ins.items():
-                assert isinstance(stand_in, ir.ExternalTensor)
-                data.write(b"\0" * ((stand_in.offset or 0) - data.tell()))
-                _stream(value.const_value, data)
-                if progress is not None:
-                    progress(data.tell(), at + len(structure))
-        files.create(folder, name).write(structure)
-        _keep_readable(model, [path, *stale])
-        files.commit()
-    if progress is not None:
-        progress(at + len(structure), at + len(structure))
-    if replaces:
-        _remove(stale)
+    total = at + len(structure)
+    if layout:
+        data = files.create(folder, data_name)
+        for offset, payload in layout:
+            data.write(b"\0" * (offset - data.tell()))
+            _stream(payload.tensor, data)
+            progress(data.tell(), total)
+    files.create(folder, name).write(structure)
+    progress(total, total)
 
 
-def _write_single(model: ir.Model, path: str, values: list[ir.Value], progress: Progress | None) -> None:
-    folder, name = os.path.split(path)
-    replaces = os.path.lexists(path)
-    stale = _data_files(folder, name)
-    streamed = [v for v in model.graph.initializers.values() if _nbytes(v.const_value) >= SMALL_BYTES]
-    stand_ins = {v: _placeholder(v, "", 0) for v in streamed if _streamable(v)}
-    total = sum(_nbytes(v.const_value) for v in values)
+def _write_single(model: ir.Model, files: _Files, folder: str, name: str, progress: Progress) -> None:
+    payloads = _payloads(model)
+    total = sum(p.nbytes for p in payloads)
     if total > PROTOBUF_BYTES:
         raise _too_large(total)
-    with _prepared(model, stand_ins):
+    swaps: list[tuple[_Payload, ir.TensorProtocol]] = []
+    streamed: dict[str, ir.TensorProtocol] = {}
+    for payload in payloads:
+        # Only the main graph's initializers can be appended; the rest goes through the proto.
+        if payload.in_main and payload.streamable and payload.nbytes >= SMALL_BYTES:
+            swaps.append((payload, payload.placeholder("", 0)))
+            streamed[payload.name] = payload.tensor
+        elif isinstance(payload.tensor, ir.ExternalTensor):
+            swaps.append((payload, _inline(payload.tensor)))
+    with _swapped(swaps):
         proto = _serialize(model)
-    tensors = list(proto.graph.initializer)
-    graph = onnx.GraphProto()
-    graph.CopyFrom(proto.graph)
-    del graph.initializer[:]
-    proto.ClearField("graph")
-    head, body = _to_bytes(proto), _to_bytes(graph)
-    # Payloads are appended to the graph's own fields, in the order of the initializers: protobuf
-    # does not care about the order of different fields.
+    # Initializers are appended to the graph's other fields, one by one: protobuf does not care about
+    # the order of different fields.
     entries: list[tuple[bytes, ir.TensorProtocol | None]] = []
-    length = len(body)
-    for tensor, value in zip(tensors, model.graph.initializers.values(), strict=True):
-        payload = value.const_value if value in stand_ins else None
-        if payload is not None:
+    length = 0
+    for tensor in proto.graph.initializer:
+        payload_tensor = streamed.get(tensor.name)
+        fields, payload_bytes = b"", 0
+        if payload_tensor is not None:
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-            raw = field_header(_RAW_DATA, payload.nbytes)
-            fields = tensor.SerializeToString() + raw
-            entry = field_header(_INITIALIZER, len(fields) + payload.nbytes) + fields
-            length += len(entry) + payload.nbytes
-        else:
-            fields = tensor.SerializeToString()
-            entry = field_header(_INITIALIZER, len(fields)) + fields
-            length += len(entry)
-        entries.append((entry, payload))
-    start = head + field_header(_GRAPH, length) + body
-    size = len(start) - len(body) + length
+            payload_bytes = payload_tensor.nbytes
+            fields = field_header(_RAW_DATA, payload_bytes)
+        fields = tensor.SerializeToString() + fields
+        entry = field_header(_INITIALIZER, len(fields) + payload_bytes) + fields
+        entries.append((entry, payload_tensor))
+        length += len(entry) + payload_bytes
+    del proto.graph.initializer[:]
+    body = _to_bytes(proto.graph)
+    proto.ClearField("graph")
+    head = _to_bytes(proto) + field_header(_GRAPH, len(body) + length)
+    size = len(head) + len(body) + length
     if size > PROTOBUF_BYTES:
         raise _too_large(size)
-    with _Files() as files:
-        file = files.create(folder, name)
-        file.write(start)
-        for entry, payload in entries:
-            file.write(entry)
-            if payload is not None:
-                _stream(payload, file)
-                if progress is not None:
-                    progress(file.tell(), size)
-        _keep_readable(model, [path, *stale])
-        files.commit()
-    if progress is not None:
-        progress(size, size)
-    if replaces:
-        _remove(stale)
+    file = files.create(folder, name)
+    file.write(head + body)
+    for entry, payload_tensor in entries:
+        file.write(entry)
+        if payload_tensor is not None:
+            _stream(payload_tensor, file)
+            progress(file.tell(), size)
+    progress(size, size)
 
 
 def _too_large(size: int) -> UnsupportedError:
     return UnsupportedError(
-        f"a single file of {size} bytes is more than protobuf allows (2 GiB); write with external data."
+        f"{size} bytes are more than one protobuf file can hold (2 GiB); write with external data."
     )
 
 
 # -- tensors ---------------------------------------------------------------------------------------
 
 
-def _initializers(model: ir.Model) -> list[ir.Value]:
-    """Initializers of the main graph and its subgraphs, in order."""
-    values = list(model.graph.initializers.values())
-    for graph in model.graph.subgraphs():
-        values.extend(graph.initializers.values())
-    return values
+@dataclasses.dataclass(frozen=True)
+class _Payload:
+    """A tensor of the model and the place it is held in: an initializer, or an attribute of a node."""
+
+    tensor: ir.TensorProtocol
+    name: str
+    nbytes: int
+    in_main: bool = False
+    value: ir.Value | None = None
+    node: ir.Node | None = None
+    movable: bool = True
+
+    @property
+    def streamable(self) -> bool:
+        """Whether the tensor may lie in a data file (strings may not)."""
+        return self.movable and self.tensor.dtype != ir.DataType.STRING
+
+    def put(self, tensor: ir.TensorProtocol) -> None:
+        """Hold ``tensor`` in this place."""
+        if self.value is not None:
+            self.value.const_value = tensor
+        elif self.node is not None:
+            doc = self.node.attributes[self.name].doc_string
+            self.node.attributes.add(ir.AttrTensor(self.name, tensor, doc))
+
+    def placeholder(self, location: str, offset: int) -> ir.ExternalTensor:
+        """What stands for the tensor in the proto."""
+        return ir.ExternalTensor(
+            location,
+            offset,
+            self.nbytes,
+            self.tensor.dtype,
+            shape=ir.Shape(self.tensor.shape.numpy()),
+            name=(self.tensor.name if self.node else self.name) or "",
+            doc_string=self.tensor.doc_string,
+            metadata_props=dict(self.tensor.metadata_props),
+        )
 
 
-def _nbytes(tensor: ir.TensorProtocol | None) -> int:
-    if tensor is None:
-        return 0
+def _payloads(model: ir.Model) -> list[_Payload]:
+    """Every initializer and tensor attribute, in the model's order."""
+    found: list[_Payload] = []
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                nbytes = _nbytes(value.const_value)
+                main = graph is model.graph
+                found.append(_Payload(value.const_value, name, nbytes, in_main=main, value=value))
+    # Function bodies keep their constants inline: runtimes inline them, away from their file.
+    owners: list[tuple[ir.Graph | ir.Function, bool]] = [(model.graph, True)]
+    owners += [(function, False) for function in model.functions.values()]
+    for owner, movable in owners:
+        for node in owner.all_nodes():
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    tensor = attribute.as_tensor()
+                    found.append(_Payload(tensor, name, _nbytes(tensor), node=node, movable=movable))
+    return found
+
+
+def _nbytes(tensor: ir.TensorProtocol) -> int:
     if tensor.dtype == ir.DataType.STRING:
         return sum(len(text) for text in tensor.string_data()) if isinstance(tensor, ir.StringTensor) else 0
     return tensor.nbytes
 
 
-def _streamable(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.dtype != ir.DataType.STRING
-
-
-def _placeholder(value: ir.Value, location: str, offset: int) -> ir.ExternalTensor:
-    tensor = value.const_value
-    assert tensor is not None
-    return ir.ExternalTensor(
-        location,
-        offset,
-        tensor.nbytes,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape),
-        name=value.name or "",
-        doc_string=tensor.doc_string,
-        metadata_props=dict(tensor.metadata_props),
-    )
-
-
-def _stream(tensor: ir.TensorProtocol | None, file: IO[bytes]) -> None:
-    assert tensor is not None
+def _stream(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
     before = file.tell()
     if hasattr(tensor, "tofile"):
         tensor.tofile(file)
@@ -263,63 +287,27 @@ def _stream(tensor: ir.TensorProtocol | None, file: IO[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _prepared(model: ir.Model, stand_ins: dict[ir.Value, ir.TensorProtocol]) -> Iterator[None]:
-    """The model with other tensors in it while it is serialized.
-
-    ``stand_ins`` replaces initializers; every other tensor whose bytes lie in a file is replaced by one
-    that is written inline (onnx_ir would write a reference to that file).
-    """
-    values: list[tuple[ir.Value, ir.TensorProtocol | None]] = []
-    attributes: list[tuple[ir.Node, ir.Attr]] = []
-    graphs = [model.graph, *model.graph.subgraphs()]
-    for function in model.functions.values():
-        graphs += [function.graph, *function.subgraphs()]
+def _swapped(swaps: Sequence[tuple[_Payload, ir.TensorProtocol]]) -> Iterator[None]:
+    """The model with other tensors in it while it is serialized."""
     try:
-        for graph in graphs:
-            for value in graph.initializers.values():
-                tensor = value.const_value
-                other = stand_ins.get(value) or (
-                    _inline(tensor) if isinstance(tensor, ir.ExternalTensor) else None
-                )
-                if other is not None:
-                    values.append((value, tensor))
-                    value.const_value = other
-            for node in graph:
-                for attribute in list(node.attributes.values()):
-                    other_attribute = _inline_attribute(attribute)
-                    if other_attribute is not None:
-                        attributes.append((node, attribute))
-                        node.attributes.add(other_attribute)
+        for payload, stand_in in swaps:
+            payload.put(stand_in)
         yield
     finally:
-        for value, tensor in values:
-            value.const_value = tensor
-        for node, attribute in attributes:
-            node.attributes.add(attribute)
+        for payload, _ in swaps:
+            payload.put(payload.tensor)
 
 
-def _inline(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+def _inline(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor as one that onnx_ir writes inline (of an external one it writes the reference)."""
     return ir.LazyTensor(
         lambda: tensor,
         tensor.dtype,
-        ir.Shape(tensor.shape),
+        ir.Shape(tensor.shape.numpy()),
         name=tensor.name,
         doc_string=tensor.doc_string,
         metadata_props=dict(tensor.metadata_props),
     )
-
-
-def _inline_attribute(attribute: ir.Attr) -> ir.Attr | None:
-    if attribute.is_ref():
-        return None
-    if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-        return ir.AttrTensor(attribute.name, _inline(attribute.value), attribute.doc_string)
-    if attribute.type == ir.AttributeType.TENSORS and any(
-        isinstance(t, ir.ExternalTensor) for t in attribute.value
-    ):
-        tensors = [_inline(t) if isinstance(t, ir.ExternalTensor) else t for t in attribute.value]
-        return ir.AttrTensors(attribute.name, tensors, attribute.doc_string)
-    return None
 
 
 def _serialize(model: ir.Model) -> onnx.ModelProto:
@@ -336,7 +324,7 @@ def _serialize(model: ir.Model) -> onnx.ModelProto:
 
 def _to_bytes(proto: onnx.ModelProto | onnx.GraphProto) -> bytes:
     try:
-        return proto.SerializeToString()
+        return bytes(proto.SerializeToString())
     except (ValueError, google.protobuf.message.EncodeError) as error:
         raise UnsupportedError(
             "the model's structure is more than protobuf allows (2 GiB); "
@@ -360,7 +348,7 @@ class _Files:
         """A temporary file that :meth:`commit` renames to ``name``."""
         target = os.path.join(folder, name)
         # Not tempfile: that makes files only their owner may read, whatever the umask says.
-        temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+        temporary = os.path.join(folder, f".effic-{secrets.token_hex(8)}.tmp")
         file = open(temporary, "xb")  # noqa: SIM115 (closed in __exit__)
         self._open.append((file, temporary, target))
         return file
@@ -376,7 +364,7 @@ class _Files:
             os.replace(temporary, target)
             self._open.pop(0)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         for file, temporary, _ in self._open:
             with contextlib.suppress(OSError):
                 # Closing flushes, and fails again when the disk is full.
@@ -395,18 +383,12 @@ def _keep_readable(model: ir.Model, doomed: list[str]) -> None:
     """Open the files that tensors of the model will still be read from after they are replaced."""
     maps: dict[str, FileMap] = {}
     gone = {os.path.realpath(path) for path in doomed}
-    for value in _initializers(model):
-        tensor = value.const_value
+    for payload in _payloads(model):
+        tensor = payload.tensor
         if not isinstance(tensor, ir.ExternalTensor) or isinstance(tensor, MappedTensor) or tensor.size == 0:
             continue
         path = os.path.realpath(tensor.path)
         if path in gone:
             if path not in maps:
                 maps[path] = FileMap(path)
-            value.const_value = MappedTensor.standing_for(tensor, maps[path])
-
-
-def _remove(paths: list[str]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+            payload.put(MappedTensor.standing_for(tensor, maps[path]))

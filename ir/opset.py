@@ -35,7 +35,7 @@ def raise_opset(model: Model, version: int) -> str | None:
     if version > newest:
         return f"opset {version} is newer than the installed onnx knows ({newest})"
     converter = _Converter(version)
-    jobs: list[tuple[ir.Node, ir.Model]] = []
+    jobs: list[tuple[ir.Node, ir.Model | ir.Attr]] = []
     raised: list[dict[str, int]] = []
     owners: list[ir.Graph | ir.Function] = [model.ir.graph, *model.ir.functions.values()]
     for owner in owners:
@@ -52,7 +52,10 @@ def raise_opset(model: Model, version: int) -> str | None:
             if converted is not None:
                 jobs.append((node, converted))
     for node, new in jobs:
-        _replace(model, node, new, version)
+        if isinstance(new, ir.Attr):
+            node.attributes.add(new)
+        else:
+            _replace(model, node, new, version)
     for imports in raised:
         imports[""] = version
     if raised:
@@ -67,8 +70,9 @@ class _Converter:
         # Nodes are given to the converter under the same value names, so equal ones are equal bytes.
         self._done: dict[tuple[bytes, int], onnx.ModelProto | str] = {}
 
-    def convert(self, node: ir.Node, current: int) -> ir.Model | str | None:
-        """The node at the new version as a model of its own, None if it stays, or why it cannot be."""
+    def convert(self, node: ir.Node, current: int) -> ir.Model | ir.Attr | str | None:
+        """What the node becomes: a small model, itself with another attribute, None if it stays as it
+        is, or the reason why it cannot be raised."""
         if node.domain != "":
             return None
         try:
@@ -88,12 +92,13 @@ class _Converter:
         if any(a.is_ref() for a in node.attributes.values()):
             if node.op_type not in _SOFTMAX and _same_form(old, new):
                 return None
-            return f"{describe(node)} takes an attribute from its function and changes form by opset {self.version}"
+            return (
+                f"{describe(node)} takes an attribute of its function and has another form in {self.version}"
+            )
         if (axis := _last_axis(node, current)) is not None and self.version >= 13:
             if node.attributes.get_int("axis", None) == axis:
                 return None
-            node.attributes.add(ir.AttrInt64("axis", axis))
-            return None
+            return ir.AttrInt64("axis", axis)
         proto = ir.to_proto(_alone(node, current))
         key = (proto.SerializeToString(), current)
         if key not in self._done:
@@ -207,7 +212,8 @@ def _keep_sampling(node: ir.Node, converted: ir.Model) -> None:
 def _replace(model: Model, node: ir.Node, converted: ir.Model, version: int) -> None:
     """Put the nodes of ``converted`` in the place of ``node``."""
     graph = node.graph
-    assert isinstance(graph, ir.Graph)
+    if graph is None:
+        return
     base = node.outputs[0].name or node.op_type
     values: dict[ir.Value, ir.Value | None] = {}
     given = list(dict.fromkeys(v for v in node.inputs if v is not None))

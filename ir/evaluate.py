@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +42,13 @@ _CARRIERS = {
     "Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Tile",
     "Transpose", "Unsqueeze", "Clip", "Where",
 }  # fmt: skip
+
+
+class Runner(Protocol):
+    """Whatever runs a model: the oracle, or a backend's artifact."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Outputs by name for inputs by name."""
 
 
 class Oracle:
@@ -271,7 +278,7 @@ def index_bound(value: ir.Value) -> int | None:
     return min(bounds) if bounds else None
 
 
-def runnable_inputs(model: Model, oracle: Oracle, seed: int = 0) -> tuple[Arrays, Arrays]:
+def runnable_inputs(model: Model, oracle: Runner, seed: int = 0) -> tuple[Arrays, Arrays]:
     """Seeded inputs that the model accepts, and its outputs for them.
 
     Models do not say which sizes their dynamic dimensions allow: several are tried.

@@ -85,7 +85,9 @@ class Scratch:
         tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
         return self._spill(tensor)
 
-    def packed(self, name: str, packed: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    def packed(
+        self, name: str, packed: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.TensorProtocol:
         """A sub-byte tensor from its packed bytes (low bits first, as ONNX stores them).
 
         Args:
@@ -121,3 +123,9 @@ class ScratchTensor(ir.ExternalTensor):
 
     __slots__ = ("scratch",)
     scratch: Scratch
+
+    def tobytes(self) -> bytes:
+        """The bytes as ONNX stores them, read without unpacking sub-byte types on the way."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset or 0)
+            return file.read(self.nbytes)

@@ -1,0 +1,59 @@
+"""The targets that ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from effic.backends.base import Backend
+from effic.backends.ort.artifact import OrtArtifact
+from effic.backends.ort.decode_at_load import DecodeAtLoad
+from effic.backends.ort.lower_encodings import LowerEncodings
+from effic.ir.model import Model
+from effic.passes.base import Remarks, option
+
+
+@dataclass(frozen=True)
+class Portable(Backend):
+    """Standard ONNX only, as the passes leave it: any ONNX tool runs it, none of them fast.
+
+    Compressed weights stay ``DequantizeLinear`` nodes. Few runtimes have fast kernels for those:
+    for speed in ONNX Runtime use ``ort-cpu``.
+    """
+
+    name: ClassVar[str] = "portable"
+
+    def lower(self, model: Model, remarks: Remarks) -> Model:
+        return model
+
+    def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> OrtArtifact:
+        return OrtArtifact.load(path, threads=threads)
+
+
+@dataclass(frozen=True)
+class OrtCpu(Backend):
+    """ONNX Runtime on a CPU: compressed weights become the operators it has fast kernels for.
+
+    MatMul and Gemm become ``com.microsoft::MatMulNBits``, embedding look-ups
+    ``com.microsoft::GatherBlockQuantized``. What neither can hold is written so that the runtime
+    decodes it once, when it loads the file.
+    """
+
+    name: ClassVar[str] = "ort-cpu"
+
+    accuracy_level: int = option(
+        4, ge=0, le=4, help="4: activations rounded to 8 bits per block (fast); 0 to 3: fp32 arithmetic"
+    )
+    decode: Literal["load", "call"] = option(
+        "load",
+        help="weights without a fast kernel: decoded once at load (fp32 memory), or at every call (slow)",
+    )
+
+    def lower(self, model: Model, remarks: Remarks) -> Model:
+        LowerEncodings(accuracy_level=self.accuracy_level).apply(model, remarks)
+        DecodeAtLoad(when=self.decode).apply(model, remarks)
+        return model
+
+    def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> OrtArtifact:
+        return OrtArtifact.load(path, threads=threads)

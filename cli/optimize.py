@@ -1,0 +1,257 @@
+"""``effic optimize``: run passes over a model, and say what each did."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from effic.cli import console
+
+if TYPE_CHECKING:
+    from effic.ir.model import Model
+    from effic.optimize import Report
+    from effic.passes.base import Pass
+    from effic.passes.pipeline import Step
+
+REASONS = 8
+"""Missed reasons that are printed; the report file has them all."""
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.option("--passes", metavar="TEXT", help="Passes in order: 'fuse-conv-bn,quantize-rtn{bits=4}'.")
+@click.option("--preset", metavar="NAME", help="A named sequence of passes ('effic passes' lists them).")
+@click.option("--recipe", metavar="FILE", help="A TOML file of passes, target and checks.")
+@click.option("-o", "--output", metavar="FILE", help="The .onnx file to write.")
+@click.option("--target", metavar="TEXT", help="What it has to run on: ort-cpu (default) or portable.")
+@click.option("--inputs", metavar="NPZ", help="Check on these inputs (arrays by input name).")
+@click.option("--seed", type=int, help="Seed of the made-up inputs, without --inputs.  [default: 0]")
+@click.option(
+    "--check",
+    type=click.Choice(["each", "final", "off"]),
+    help="Check the numbers after each pass (default), at the end, or never.",
+)
+@click.option("--require-change", is_flag=True, help="Fail (exit code 1) when a pass changes nothing.")
+@click.option("--dry-run", is_flag=True, help="Do everything but write the output.")
+@click.option(
+    "--print-after", multiple=True, metavar="PASS", help="Print the graph after this pass, on stderr."
+)
+@click.option("--dump-dir", metavar="DIR", help="Write the model after each pass into this folder.")
+@click.option(
+    "--report", "report_file", metavar="JSON", help="Write all that was done and measured to this file."
+)
+@click.option("--force", is_flag=True, help="Allow writing over an existing file, the input included.")
+@click.option(
+    "--external-data/--single-file",
+    default=None,
+    help="Weights in a file beside the output, or inside it.  [default: by size]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def optimize(
+    model: str,
+    passes: str | None,
+    preset: str | None,
+    recipe: str | None,
+    output: str | None,
+    target: str | None,
+    inputs: str | None,
+    seed: int | None,
+    check: str | None,
+    require_change: bool,
+    dry_run: bool,
+    print_after: tuple[str, ...],
+    dump_dir: str | None,
+    report_file: str | None,
+    force: bool,
+    external_data: bool | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run passes over MODEL (an .onnx or .pt2 file) and write the result.
+
+    Without --passes, --preset or --recipe, the preset 'default' is run. After each pass the structure
+    is verified and the outputs are compared with those before it; a pass that moves them further
+    than it may ends the run, and nothing is written.
+
+    \b
+    Examples:
+      effic optimize model.onnx -o out.onnx
+      effic optimize model.onnx --passes 'fuse-conv-bn,quantize-rtn{bits=4}' -o out.onnx
+      effic optimize model.onnx --preset int8 --inputs data.npz --report report.json -o out.onnx
+    """
+    from effic.optimize import optimize as run
+
+    options = _choose(passes, preset, recipe)
+    given = {"target": target, "check": check, "seed": seed}
+    options.update({name: value for name, value in given.items() if value is not None})
+    if require_change:
+        options["require_change"] = True
+    _known(print_after, options["passes"])
+    _writable(report_file, "report")
+    with console.progress(quiet or as_json) as bar:
+        task = None if bar is None else bar.add_task("reading", total=None)
+
+        def advance(text: str, number: int, total: int) -> None:
+            if bar is not None:
+                bar.update(task, description=text, completed=number, total=total)
+
+        report = run(
+            model,
+            output=output,
+            inputs=inputs,
+            dry_run=dry_run,
+            force=force,
+            external=external_data,
+            after_pass=_after_pass(print_after, dump_dir),
+            progress=advance,
+            **options,
+        )
+    if report_file is not None:
+        Path(report_file).write_text(json.dumps(console.plain(report.to_dict()), indent=1), encoding="utf-8")
+    if as_json:
+        console.print_json(report.to_dict())
+    elif not quiet:
+        _print(report, dry_run, report_file)
+
+
+def _choose(passes: str | None, preset: str | None, recipe: str | None) -> dict[str, Any]:
+    """The passes, and what a recipe says besides."""
+    from effic.ir.errors import UsageError
+    from effic.passes.presets import preset as find
+    from effic.passes.spec import parse_passes, read_recipe
+
+    if sum(choice is not None for choice in (passes, preset, recipe)) > 1:
+        raise UsageError("--passes, --preset and --recipe exclude each other; give one of them")
+    if recipe is not None:
+        return read_recipe(recipe)
+    return {"passes": parse_passes(passes if passes is not None else find(preset or "default").text)}
+
+
+def _known(print_after: tuple[str, ...], passes: list[Pass]) -> None:
+    from effic.ir.errors import UsageError
+    from effic.passes import near
+
+    names = [item.name for item in passes]
+    for name in print_after:
+        if name not in names:
+            raise UsageError(
+                f"--print-after {name}: no pass of this run is called so{near(name, names)} "
+                f"(this run: {', '.join(dict.fromkeys(names)) or 'none'})"
+            )
+
+
+def _writable(path: str | None, what: str) -> None:
+    from effic.ir.errors import UsageError
+
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise UsageError(f"the {what} {path} is a folder; name a file in it")
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"the folder {Path(path).parent} for the {what} does not exist; make it first")
+
+
+def _after_pass(print_after: tuple[str, ...], dump_dir: str | None) -> Any:
+    """What to do after each pass: print the graph, write the model."""
+    if not print_after and dump_dir is None:
+        return None
+    if dump_dir is not None:
+        Path(dump_dir).mkdir(parents=True, exist_ok=True)
+
+    def after(model: Model, item: Pass, number: int) -> None:
+        if item.name in print_after:
+            console.note(f"--- after {item.name} ---\n{model.ir}")
+        if dump_dir is not None:
+            model.save(Path(dump_dir) / f"{number + 1:02d}-{item.name}.onnx", force=True)
+
+    return after
+
+
+def _print(report: Report, dry_run: bool, report_file: str | None) -> None:
+    for text in report.notes:
+        console.note(f"note: {text}")
+    console.print_result(
+        console.table(
+            "pass", ">changed", ">missed", ">weights", ">nodes", "numerics", ">time",
+            rows=[_row(step) for step in report.steps],
+        ),
+        "",
+        _totals(report),
+    )  # fmt: skip
+    _print_missed(report, report_file)
+    if report.output is not None:
+        console.print_result(f"wrote {report.output}{_file_size(report)}")
+    elif dry_run:
+        console.note("dry run: nothing was written")
+    else:
+        console.note("nothing was written; give -o out.onnx to keep the result")
+
+
+def _row(step: Step) -> list[str]:
+    return [
+        step.text,
+        str(step.passed),
+        str(step.missed),
+        _move(step.bytes_before, step.bytes_after, console.size),
+        _move(step.nodes_before, step.nodes_after, str),
+        # A lossy pass's verdict has three figures: the first is enough beside the others.
+        step.verdict.partition(", ")[0],
+        console.seconds(step.seconds),
+    ]
+
+
+def _move(before: int, after: int, text: Any) -> str:
+    return str(text(after)) if before == after else f"{text(before)} → {text(after)}"
+
+
+def _totals(report: Report) -> str:
+    a, b = report.before, report.after
+    parts = [
+        f"{name} {_move(was, now, text)}{_percent(was, now)}"
+        for name, was, now, text in (
+            ("weights", a.weight_bytes, b.weight_bytes, console.size),
+            ("nodes", a.nodes, b.nodes, str),
+            ("parameters", a.parameters, b.parameters, console.amount),
+            ("MACs", a.macs, b.macs, console.amount),
+        )
+    ]
+    return f"total: {', '.join(parts)}; outputs: {report.verdict}; {console.seconds(report.seconds)}"
+
+
+def _percent(before: float, after: float) -> str:
+    text = console.change(before, after)
+    return f" ({text})" if text else ""
+
+
+def _file_size(report: Report) -> str:
+    before, after = report.file_bytes
+    if after is None:
+        return ""
+    if before is None:
+        return f" ({console.size(after)})"
+    return f" ({_move(before, after, console.size)}{_percent(before, after).replace(' (', ', ').rstrip(')')})"
+
+
+def _print_missed(report: Report, report_file: str | None) -> None:
+    """Reasons for what was left alone, the most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], str] = {}
+    for step in report.steps:
+        for remark in step.remarks:
+            if remark.kind == "missed":
+                counts[step.name, remark.text] += 1
+                first.setdefault((step.name, remark.text), remark.where)
+    if not counts:
+        return
+    console.print_result("", "left alone:")
+    for (name, reason), count in counts.most_common(REASONS):
+        others = f" and {count - 1} more" if count > 1 else ""
+        console.print_result(f"  {name}: {reason} [{first[name, reason]}{others}]")
+    if len(counts) > REASONS:
+        where = report_file or "--report FILE"
+        console.print_result(f"  … {len(counts) - REASONS} more reasons: see {where}")

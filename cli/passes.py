@@ -1,0 +1,59 @@
+"""``effic passes``: what there is to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from effic.cli import console
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the lists as JSON.")
+def passes(as_json: bool) -> None:
+    """List all passes, and the presets with the reason for each line.
+
+    A pass is 'exact' (bit for bit the same outputs), 'rounding' (the same mathematics in another
+    order) or 'lossy' (outputs move on purpose, and the distance is measured).
+    """
+    from effic.ir.errors import UsageError
+    from effic.passes import load_pass, pass_names
+    from effic.passes.presets import PRESETS
+
+    rows = []
+    for name in pass_names():
+        try:
+            found = load_pass(name)
+        except UsageError as error:
+            # Another package's: the list must not fall with it.
+            rows.append({"name": name, "numerics": "?", "summary": str(error)})
+            continue
+        rows.append({"name": name, "numerics": found.numerics.value, "summary": found.summary()})
+    if as_json:
+        console.print_json({"passes": rows, "presets": {name: _preset(p) for name, p in PRESETS.items()}})
+        return
+    console.print_result(
+        console.table(
+            "pass",
+            "numerics",
+            "what it does",
+            rows=[[row["name"], row["numerics"], row["summary"]] for row in rows],
+            flexible=2,
+        ),
+        "",
+        "'effic explain PASS' tells more about each.",
+    )
+    for name, preset in PRESETS.items():
+        console.print_result("", f"preset {name}: {preset.summary}")
+        width = max(len(line) for line, _ in preset.lines)
+        for line, reason in preset.lines:
+            console.print_result(f"  {line:<{width}}  {reason}")
+
+
+def _preset(preset: Any) -> dict[str, Any]:
+    return {
+        "summary": preset.summary,
+        "passes": preset.text,
+        "lines": [{"pass": line, "reason": reason} for line, reason in preset.lines],
+    }

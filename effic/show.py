@@ -1,0 +1,201 @@
+"""What is in a model: operators, sizes, weight sites, encodings, costs, and how the file was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from effic.ir.cost import ModelCost, NodeCost, model_cost
+from effic.ir.encodings import Encoding, stored_bytes
+from effic.ir.model import PassRecord, constant_tensor
+from effic.ir.onnx_format import read_onnx
+from effic.ir.weights import WeightSite, weight_sites
+from effic.measure import Measurement, measure_model
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: its name, element type and shape (names and None for dynamic sizes)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass
+class OpRow:
+    """One operator's share: how many nodes, their multiply-adds, and the constants they read first."""
+
+    op: str
+    count: int = 0
+    macs: int = 0
+    weight_bytes: int = 0
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One weight: where it is used, its shape, how it is stored, and why it cannot be rewritten.
+
+    Attributes:
+        name: the initializer.
+        kind: the operator that uses it.
+        shape_oi: ``(out, in)``.
+        groups: of a grouped convolution.
+        storage: its element type, or the encoding in words.
+        bits: bits in the file per element, scales and the like included.
+        bytes: as stored.
+        why_not: why passes leave it alone, or None.
+    """
+
+    name: str
+    kind: str
+    shape_oi: tuple[int, int]
+    groups: int
+    storage: str
+    bits: float
+    bytes: int
+    why_not: str | None
+
+
+@dataclass
+class Shown:
+    """Everything :func:`inspect_model` found. ``nodes`` is in order of cost, most first."""
+
+    path: str
+    sha256: str | None
+    producer: str
+    ir_version: int
+    opsets: dict[str, int]
+    inputs: list[Port]
+    outputs: list[Port]
+    graphs: int
+    functions: int
+    measurement: Measurement
+    cost: ModelCost
+    ops: list[OpRow]
+    sites: list[SiteRow]
+    nodes: list[NodeCost]
+    notes: list[str]
+    record: list[PassRecord]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as JSON-able data."""
+        row = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("measurement", "cost")
+        }
+        for name in ("inputs", "outputs", "ops", "sites", "nodes", "record"):
+            row[name] = [dataclasses.asdict(item) for item in row[name]]
+        return {
+            **row,
+            "file_bytes": self.measurement.file_bytes,
+            "cost": self.cost.to_dict(),
+            "tensors": self.measurement.tensors,
+        }
+
+
+def inspect_model(path: str | os.PathLike[str]) -> Shown:
+    """Read a model file and describe it.
+
+    Args:
+        path: an ``.onnx`` file.
+
+    Raises:
+        UsageError: there is no such file.
+        InvalidModelError: it is broken.
+    """
+    model = read_onnx(path)
+    cost = model_cost(model)
+    graph = model.ir
+    return Shown(
+        path=os.fspath(path),
+        sha256=model.origin.sha256,
+        producer=" ".join(filter(None, (graph.producer_name, graph.producer_version))),
+        ir_version=graph.ir_version,
+        opsets=dict(graph.opset_imports),
+        inputs=[_port(v) for v in graph.graph.inputs],
+        outputs=[_port(v) for v in graph.graph.outputs],
+        graphs=sum(1 for _ in model.graphs()),
+        functions=len(graph.functions),
+        measurement=measure_model(model, Path(path), cost),
+        cost=cost,
+        ops=_ops(cost),
+        sites=[_site(site) for site in weight_sites(model) if _is_stored(site)],
+        nodes=_movers(cost),
+        notes=list(model.origin.notes),
+        record=model.record,
+    )
+
+
+def dtype_text(dtype: ir.DataType | None) -> str:
+    """An element type as NumPy and torch call it: ``float32`` where ONNX says FLOAT."""
+    name = "?" if dtype is None else dtype.name.lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def _port(value: ir.Value) -> Port:
+    shape = None
+    if value.shape is not None:
+        shape = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    return Port(value.name or "", dtype_text(value.dtype), shape)
+
+
+def _ops(cost: ModelCost) -> list[OpRow]:
+    rows: dict[str, OpRow] = {}
+    for node in cost.per_node:
+        row = rows.setdefault(node.op_type, OpRow(node.op_type))
+        row.count += 1
+        row.macs += node.macs or 0
+        row.weight_bytes += node.weight_bytes
+        row.parameters += node.parameters
+    return sorted(rows.values(), key=lambda row: (-row.weight_bytes, -row.macs, -row.count))
+
+
+def _movers(cost: ModelCost) -> list[NodeCost]:
+    """Nodes by their share of the weights or of the multiply-adds, whichever is larger."""
+    weights, macs = max(1, cost.weight_bytes), max(1, cost.macs)
+    return sorted(
+        (node for node in cost.per_node if node.weight_bytes or node.macs),
+        key=lambda node: -max(node.weight_bytes / weights, (node.macs or 0) / macs),
+    )
+
+
+def _is_stored(site: WeightSite) -> bool:
+    # A product of two activations is a site too, for passes to refuse; it weighs nothing.
+    return site.encoding is not None or constant_tensor(site.value) is not None
+
+
+def _site(site: WeightSite) -> SiteRow:
+    rows, columns = site.shape_oi if site.shape else (0, 0)
+    if site.encoding is not None:
+        storage, nbytes = storage_text(site, site.encoding), stored_bytes(site.encoding)
+    else:
+        tensor = constant_tensor(site.value)
+        storage, nbytes = dtype_text(site.dtype), 0 if tensor is None else tensor.nbytes
+    return SiteRow(
+        name=site.name,
+        kind=site.kind,
+        shape_oi=(rows, columns),
+        groups=site.groups,
+        storage=storage,
+        bits=8 * nbytes / max(1, rows * columns),
+        bytes=nbytes,
+        why_not=site.why_not,
+    )
+
+
+def storage_text(site: WeightSite, encoding: Encoding) -> str:
+    """An encoding in words: ``4-bit symmetric, groups of 32 per oc``."""
+    kind = "symmetric" if encoding.symmetric else "asymmetric"
+    axis = site.axis_of(encoding)
+    scales = "one scale" if axis is None else f"per {axis}"
+    groups = scales if encoding.group_size < 0 else f"groups of {encoding.group_size} {scales}"
+    outliers = "" if encoding.outliers is None else f", {encoding.outliers.indices.size} outliers"
+    return f"{encoding.bits}-bit {kind}, {groups}{outliers}"

@@ -1,0 +1,66 @@
+"""What a model is said to hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from effic.ir.model import Model, PassRecord
+from effic.models.builders import BUILDERS
+from effic.show import inspect_model
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_every_kind_of_model_is_described(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.onnx"
+    Model(BUILDERS[name]()).save(path)
+    shown = inspect_model(path)
+    assert shown.measurement.file_bytes == path.stat().st_size
+    assert sum(row.count for row in shown.ops) == shown.cost.nodes
+    assert sum(row.macs for row in shown.ops) == shown.cost.macs
+    assert shown.inputs
+    assert shown.outputs
+    assert shown.sites
+    assert all(site.bytes > 0 and site.shape_oi != (0, 0) for site in shown.sites)
+    data = json.loads(json.dumps(shown.to_dict()))
+    assert data["cost"]["nodes"] == shown.cost.nodes
+    assert data["sha256"] == shown.sha256
+
+
+def test_subgraphs_and_functions_are_counted(tmp_path: Path) -> None:
+    Model(BUILDERS["control_flow"]()).save(tmp_path / "c.onnx")
+    Model(BUILDERS["functions"]()).save(tmp_path / "f.onnx")
+    assert inspect_model(tmp_path / "c.onnx").graphs > 1
+    assert inspect_model(tmp_path / "f.onnx").functions > 0
+
+
+def test_the_most_expensive_comes_first(tmp_path: Path) -> None:
+    Model(BUILDERS["llama"]()).save(tmp_path / "m.onnx")
+    shown = inspect_model(tmp_path / "m.onnx")
+    cost = shown.cost
+    shares = [max(n.weight_bytes / cost.weight_bytes, (n.macs or 0) / cost.macs) for n in shown.nodes]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_how_the_file_was_made_is_told(tmp_path: Path) -> None:
+    model = Model(BUILDERS["cnn"]())
+    model.record.append(PassRecord("fuse-conv-bn", "0.1.0", 3, 1, 100, 90))
+    model.write_record()
+    model.save(tmp_path / "m.onnx")
+    assert inspect_model(tmp_path / "m.onnx").record == model.record
+
+
+def test_encodings_are_named(tmp_path: Path) -> None:
+    from effic.passes.pipeline import run_passes
+    from effic.passes.spec import parse_passes
+
+    model = Model(BUILDERS["encoder"]())
+    run_passes(model, parse_passes("quantize-rtn{bits=4,group_size=16}"), check="off")
+    model.save(tmp_path / "m.onnx")
+    sites = inspect_model(tmp_path / "m.onnx").sites
+    encoded = [site for site in sites if site.storage.startswith("4-bit")]
+    assert encoded
+    assert all("groups of 16 per oc" in site.storage for site in encoded)
+    assert all(4 < site.bits < 8 for site in encoded)

@@ -59,7 +59,8 @@ def test_default_preset_on_every_seeded_model(tmp_path: Path, name: str, target:
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     Model(BUILDERS[name]()).save(source)
     report = effic.optimize(source, output=out, target=target)
-    assert report.after.weight_bytes <= report.before.weight_bytes
+    if name != "shared_weights":  # a norm folded into a shared weight needs a copy of it
+        assert report.after.weight_bytes <= report.before.weight_bytes
     assert report.after.nodes <= report.before.nodes
     model = read_onnx(source)
     from effic.ir.evaluate import Oracle

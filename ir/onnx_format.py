@@ -23,7 +23,7 @@ from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.external_files import DataFiles, ExternalDataError
 from effic.ir.mapped import FileMap
 from effic.ir.model import Model, Origin
-from effic.ir.onnx_checks import Limits, check_model
+from effic.ir.onnx_checks import Limits, check_model, printable
 from effic.ir.onnx_writer import model_bytes, to_proto, write_onnx
 from effic.ir.opset import raise_opset
 from effic.ir.protobuf_scan import ScanError, skeleton
@@ -116,6 +116,8 @@ def _parse(path: str, files: DataFiles, limits: Limits) -> onnx.ModelProto:
         for offset, magic, meaning in _OTHER_FORMATS:
             if data[offset : offset + len(magic)] == magic:
                 raise InvalidModelError(f"{path} is {meaning}.") from error
+        if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in data[:256]):
+            raise InvalidModelError(f"{path} is a text file; effic reads binary ONNX.") from error
         reason = (
             str(error) if isinstance(error, ScanError) else "its protobuf is damaged or nested too deeply"
         )
@@ -127,7 +129,7 @@ def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
+    return printable(lines[0].rstrip(".")) if lines else type(error).__name__
 
 
 def _map_weights(model: ir.Model, path: str, files: DataFiles) -> None:

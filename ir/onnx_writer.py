@@ -109,7 +109,7 @@ def model_bytes(model: Model) -> int:
     """Bytes the model takes when stored: weights and structure, wherever they lie."""
     large = [p for p in _payloads(model.ir) if p.streamable and p.nbytes >= SMALL_BYTES]
     with _swapped([(p, p.placeholder("", 0)) for p in large]):
-        structure = _serialize(model.ir).ByteSize()
+        structure = int(_serialize(model.ir).ByteSize())
     return structure + sum(p.nbytes for p in large)
 
 

@@ -110,7 +110,11 @@ class _Converter:
             return None
         converted = ir.from_proto(result)
         if node.op_type == "Upsample" or (node.op_type == "Resize" and current < 11):
-            _keep_sampling(node, converted)
+            nearest = node.attributes.get_string("mode", "nearest") == "nearest"
+            rounding = _rounding(node) if nearest else None
+            if nearest and rounding is None:
+                return f"{describe(node)} takes the nearest pixel at scales that are not known to be all up or all down"
+            _keep_sampling(converted, rounding)
         return converted
 
 
@@ -134,7 +138,7 @@ def _alone(node: ir.Node, current: int) -> ir.Model:
         tensor = constant_tensor(value)
         if tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes <= _SHOWN_BYTES:
             copy.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=copy.name)
-            copy.type, copy.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+            copy.type, copy.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
             initializers.append(copy)
     alone = ir.Node(
         "",
@@ -200,13 +204,29 @@ def _last_axis(node: ir.Node, current: int) -> int | None:
     return rank - 1 if rank and axis in (rank - 1, -1) else None
 
 
-def _keep_sampling(node: ir.Node, converted: ir.Model) -> None:
+def _rounding(node: ir.Node) -> str | None:
+    """How Upsample and Resize 10 pick the nearest pixel: down when they enlarge, up when they shrink.
+
+    None when that cannot be told, because the scales are computed or go both ways.
+    """
+    if node.op_type == "Upsample":
+        return "floor"
+    scales = constant_tensor(node.inputs[1])
+    if scales is None:
+        return None
+    values = scales.numpy()
+    if (values >= 1).all():
+        return "floor"
+    return "ceil" if (values <= 1).all() else None
+
+
+def _keep_sampling(converted: ir.Model, rounding: str | None) -> None:
     """Resize 11 has other defaults than Upsample and Resize 10; write the old meaning out."""
     for resize in converted.graph:
         if resize.op_type == "Resize":
             resize.attributes.add(ir.AttrString("coordinate_transformation_mode", "asymmetric"))
-            if node.attributes.get_string("mode", "nearest") == "nearest":
-                resize.attributes.add(ir.AttrString("nearest_mode", "floor"))
+            if rounding is not None:
+                resize.attributes.add(ir.AttrString("nearest_mode", rounding))
 
 
 def _replace(model: Model, node: ir.Node, converted: ir.Model, version: int) -> None:

@@ -342,6 +342,11 @@ def _(proto: onnx.ModelProto) -> None:
     proto.graph.input[0].type.map_type.key_type = INT64
 
 
+@broken("name that steers the terminal")
+def _(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].input[0] = "line\nand \x1b[31mred \x1b[2J" + "long" * 500
+
+
 @kind("name that is no UTF-8")
 def _(folder: Path) -> Path:
     proto = valid_model()

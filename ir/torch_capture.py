@@ -452,7 +452,7 @@ def _separate_outputs(model: Model) -> None:
             seen.add(output)
             continue
         copy = ir.Node("", "Identity", [output], num_outputs=1, name=f"node_output_{index}")
-        copy.outputs[0].name = model.unique_name(f"{output.name}_out")
+        copy.outputs[0].name = model.unique_name(f"{output.name}_copy")
         copy.outputs[0].type, copy.outputs[0].shape = output.type, output.shape
         model.graph.append(copy)
         model.graph.outputs[index] = copy.outputs[0]

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from effic.ir.errors import CaptureError, InvalidModelError, UsageError
+from effic.ir.errors import CaptureError, InvalidModelError, MissingExtraError, UsageError
 from effic.ir.model import Model
 from effic.ir.torch_archive import _is_size
 from effic.ir.torch_capture import ALIASES_KEY, MODULE_KEY, capture, load_factory
@@ -457,6 +457,13 @@ def test_what_is_no_source() -> None:
         capture(nn.Linear(2, 2), torch.randn(1, 2), opset=17)
     with pytest.raises(CaptureError, match="'weight' is on the meta device"):
         capture(nn.Linear(2, 2, device="meta"), torch.randn(1, 2))
+
+
+def test_without_onnxscript_the_extra_is_named(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "onnxscript")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"'onnxscript', which .* pip install 'effic\[torch\]'"):
+        capture(nn.Linear(2, 2), torch.randn(1, 2))
 
 
 # -- .pt2 files --------------------------------------------------------------------------------------

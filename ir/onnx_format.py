@@ -80,7 +80,37 @@ def read_onnx(path: str | os.PathLike[str], *, limits: Limits = Limits()) -> Mod
     notes = [*found.notes, *_demote_weights(model)]
     if not found.sorted:
         notes.append(_sort(model))
-    return Model(model, Origin("onnx", path, files.model.sha256(), tuple(notes)))
+    # The walk over the file touched a page beside every weight, and the kernel mapped their neighbours.
+    files.model.drop_pages()
+    return Model(model, FileOrigin(files.model, tuple(notes)))
+
+
+class _Digest:
+    """Computes ``sha256`` when it is first asked for: hashing takes longer than all other reading."""
+
+    def __get__(self, origin: FileOrigin | None, owner: type[Origin]) -> str | None:
+        if origin is None:
+            return None
+        if "digest" not in origin.__dict__:
+            origin.__dict__["digest"] = origin.__dict__["file"].sha256()
+        return str(origin.__dict__["digest"])
+
+    def __set__(self, origin: FileOrigin, value: str | None) -> None:
+        """Origin's constructor sets every field; the value it has is not known yet."""
+
+
+class FileOrigin(Origin):
+    """The origin of a model that was read from an ONNX file.
+
+    The file stays open, so ``sha256`` is that of the bytes that were read, whatever becomes of the
+    path.
+    """
+
+    sha256 = _Digest()
+
+    def __init__(self, file: FileMap, notes: tuple[str, ...]) -> None:
+        super().__init__("onnx", file.path, None, notes)
+        self.__dict__["file"] = file
 
 
 def _open(path: str) -> FileMap:

@@ -89,9 +89,9 @@ class _Converter:
                 if old.since_version < 9 == new.since_version
                 else None
             )
+        if _same_form(old, new):
+            return None
         if any(a.is_ref() for a in node.attributes.values()):
-            if node.op_type not in _SOFTMAX and _same_form(old, new):
-                return None
             return (
                 f"{describe(node)} takes an attribute of its function and has another form in {self.version}"
             )
@@ -175,16 +175,16 @@ def _unchanged(before: onnx.ModelProto, after: onnx.ModelProto) -> bool:
 
 
 def _same_form(old: onnx.defs.OpSchema, new: onnx.defs.OpSchema) -> bool:
-    """Whether two versions of an operator differ in the types they take and nothing else."""
+    """Whether two versions of an operator differ in the types they take and nothing else.
+
+    An attribute the older one does not have may have a default that is not what the older one did
+    (RoiAlign 16), so it counts as another form.
+    """
     return not new.deprecated and (
         [(i.name, i.option) for i in old.inputs] == [(i.name, i.option) for i in new.inputs]
         and [(o.name, o.option) for o in old.outputs] == [(o.name, o.option) for o in new.outputs]
-        and all(
-            name in new.attributes
-            and new.attributes[name].type == attribute.type
-            and new.attributes[name].default_value == attribute.default_value
-            for name, attribute in old.attributes.items()
-        )
+        and {name: (a.type, a.required, a.default_value) for name, a in old.attributes.items()}
+        == {name: (a.type, a.required, a.default_value) for name, a in new.attributes.items()}
     )
 
 

@@ -253,40 +253,28 @@ def _(proto: onnx.ModelProto) -> None:
 
 # -- graphs ----------------------------------------------------------------------------------------
 
+# Which input or output of which node is renamed to what.
+_RENAMES = {
+    "cycle": (0, "input", 0, "s"),
+    "node that reads itself": (1, "input", 1, "s"),
+    "undefined value": (0, "input", 0, "nobody"),
+    "two nodes make a value": (1, "output", 0, "t"),
+    "node makes an initializer": (0, "output", 0, "w"),
+    "node makes an input": (0, "output", 0, "x"),
+}
 
-@broken("cycle")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.node[0].input[0] = "s"
+
+def _rename(node: int, field: str, index: int, name: str) -> Callable[[onnx.ModelProto], None]:
+    return lambda proto: getattr(proto.graph.node[node], field).__setitem__(index, name)
 
 
-@broken("node that reads itself")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.node[1].input[1] = "s"
-
-
-@broken("undefined value")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.node[0].input[0] = "nobody"
+for _name, _where in _RENAMES.items():
+    broken(_name)(_rename(*_where))
 
 
 @broken("output nobody makes")
 def _(proto: onnx.ModelProto) -> None:
     proto.graph.output[0].name = "nobody"
-
-
-@broken("two nodes make a value")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.node[1].output[0] = "t"
-
-
-@broken("node makes an initializer")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.node[0].output[0] = "w"
-
-
-@broken("node makes an input")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.node[0].output[0] = "x"
 
 
 @broken("duplicate initializer")

@@ -268,6 +268,8 @@ def _rename(node: int, field: str, index: int, name: str) -> Callable[[onnx.Mode
     return lambda proto: getattr(proto.graph.node[node], field).__setitem__(index, name)
 
 
+broken("duplicate initializer")(lambda proto: proto.graph.initializer.append(proto.graph.initializer[0]))
+broken("duplicate input")(lambda proto: proto.graph.input.append(proto.graph.input[0]))
 for _name, _where in _RENAMES.items():
     broken(_name)(_rename(*_where))
 
@@ -275,16 +277,6 @@ for _name, _where in _RENAMES.items():
 @broken("output nobody makes")
 def _(proto: onnx.ModelProto) -> None:
     proto.graph.output[0].name = "nobody"
-
-
-@broken("duplicate initializer")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.initializer.append(proto.graph.initializer[0])
-
-
-@broken("duplicate input")
-def _(proto: onnx.ModelProto) -> None:
-    proto.graph.input.append(proto.graph.input[0])
 
 
 @broken("input without a name")

@@ -216,9 +216,7 @@ def _(proto: onnx.ModelProto) -> None:
     proto.ClearField("graph")
 
 
-@broken("no ir version")
-def _(proto: onnx.ModelProto) -> None:
-    proto.ClearField("ir_version")
+broken("no ir version")(lambda proto: proto.ClearField("ir_version"))
 
 
 @broken("ir version of the far future")

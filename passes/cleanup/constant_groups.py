@@ -49,6 +49,10 @@ NOT_EXPANDING = frozenset(
     }
     | {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "Relu", "Sigmoid", "Tanh", "Erf"}
 )
+# Results as large as the operands broadcast to.
+BROADCASTING = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Where", "Mod", "And", "Or", "Equal"}
+)
 NEVER = frozenset({"Constant", "DequantizeLinear"})
 
 
@@ -128,6 +132,8 @@ class GroupFolder:
         """Why not even to start computing, as far as shapes tell; None to go on."""
         # Results no larger than an input are bounded by it, so they need no shape.
         bytes_of: dict[ir.Value, int] = {value: t.nbytes for value, t in constants_of(group.nodes)}
+        # Nothing is inferred inside functions; operands that are constants still tell.
+        shape_of = {value: tuple(t.shape.numpy()) for value, t in constants_of(group.nodes)}
         for node in group.nodes:
             fed = max((bytes_of.get(value, 0) for value in node.inputs if value is not None), default=0)
             for output in node.outputs:
@@ -135,6 +141,11 @@ class GroupFolder:
                 size = _nbytes(dims, dtype) if dims is not None and dtype is not None else None
                 if size is None and node.op_type in NOT_EXPANDING:
                     size = fed * (8 if node.op_type == "Cast" else 1)
+                if size is None and node.op_type in BROADCASTING:
+                    shape = _broadcast([shape_of.get(value) for value in node.inputs if value is not None])
+                    if shape is not None:
+                        shape_of[output] = shape
+                        size = math.prod(shape) * 8
                 if size is None:
                     self.unknown = True
                     return "kept: the size of its result is not known"
@@ -264,11 +275,7 @@ def _is_candidate(node: ir.Node, candidates: dict[ir.Node, Scope], scope: Scope)
         # It names a constant that is an output; folding it would only make it anew.
         return False
     given = [value for value in node.inputs if value is not None]
-    if (
-        not given
-        or why_impure(node, scope.opset, frozenset()) is not None
-        or any(True for _ in subgraphs_of(node))
-    ):
+    if not given or why_impure(node, scope.opset, frozenset()) is not None or subgraphs_of(node):
         return False
     for value in given:
         producer = value.producer()
@@ -326,6 +333,17 @@ def _run(nodes: Iterable[ir.Node], arrays: dict[ir.Value, np.ndarray]) -> bool:
             return False
         arrays[node.outputs[0]] = result
     return True
+
+
+def _broadcast(shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) != len(shapes):
+        return None
+    try:
+        return np.broadcast_shapes(*known)
+    except ValueError:
+        # Operands that do not fit; whoever runs the model will say so.
+        return None
 
 
 def _own(array: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ class _Merger:
         # Keys of nodes left alone, so that a remark is made only where a twin was found.
         twins: dict[Hashable, ir.Node] = {}
         for node in list(graph):
-            graphs = list(subgraphs_of(node))
+            graphs = subgraphs_of(node)
             for inner in graphs:
                 self.visit(inner)
             key = node_key(node)

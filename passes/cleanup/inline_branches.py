@@ -52,7 +52,7 @@ def _all_names(model: Model) -> Counter[str]:
     names: Counter[str] = Counter()
     for graph in model.graphs():
         names.update(value.name for value in graph.inputs if value.name)
-        names.update(graph.initializers)
+        names.update(list(graph.initializers))
         names.update(value.name for node in graph for value in node.outputs if value.name)
     return names
 

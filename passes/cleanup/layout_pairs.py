@@ -32,12 +32,22 @@ def _transpose(node: ir.Node, scope: Scope, model: Model) -> str | None:
     first = _producer(node, {"Transpose"})
     if first is None:
         return None
+    text = f"merged with {first.op_type} '{first.name or first.outputs[0].name}'"
+    if "perm" not in first.attributes and "perm" not in node.attributes:
+        # Both reverse all axes, however many there are.
+        node.op_type = "Identity"
+        node.replace_input_with(0, first.inputs[0])
+        return text
     inner, outer = ints_attribute(first, "perm"), ints_attribute(node, "perm")
+    if inner is None and "perm" not in first.attributes and outer is not None:
+        inner = tuple(reversed(range(len(outer))))
+    if outer is None and "perm" not in node.attributes and inner is not None:
+        outer = tuple(reversed(range(len(inner))))
     if inner is None or outer is None or len(inner) != len(outer):
         return None
     node.attributes["perm"] = ir.AttrInt64s("perm", [inner[axis] for axis in outer])
     node.replace_input_with(0, first.inputs[0])
-    return f"merged with {first.op_type} '{first.name or first.outputs[0].name}'"
+    return text
 
 
 def _reshape(node: ir.Node, scope: Scope, model: Model) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -49,15 +49,18 @@ def scopes(model: Model) -> list[Scope]:
     return found
 
 
-def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
+def subgraphs_of(node: ir.Node) -> list[ir.Graph]:
     """The graphs a node carries in its attributes (If, Loop, Scan, SequenceMap)."""
+    found: list[ir.Graph] = []
+    if not len(node.attributes):
+        # Asked of every node many times; half of them have no attributes.
+        return found
     for attr in node.attributes.values():
-        if attr.is_ref():
-            continue
-        if attr.type == ir.AttributeType.GRAPH:
-            yield attr.as_graph()
-        elif attr.type == ir.AttributeType.GRAPHS:
-            yield from attr.as_graphs()
+        if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
+            found.append(attr.as_graph())
+        elif attr.type == ir.AttributeType.GRAPHS and not attr.is_ref():
+            found.extend(attr.as_graphs())
+    return found
 
 
 def is_standard(node: ir.Node) -> bool:

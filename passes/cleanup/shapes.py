@@ -61,10 +61,20 @@ class Shapes:
 
 
 def declared_dims(value: ir.Value) -> Dims | None:
-    """The dimensions written at the value itself."""
+    """The dimensions written at the value itself.
+
+    Names of an output's dimensions are left out: they are what an exporter's user called them, and
+    no runtime checks that the same name means the same size there.
+    """
     if value.shape is None:
         return None
+    if value.is_graph_output():
+        return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
     return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+
+
+def _has_shape(value: ir.Value) -> bool:
+    return isinstance(value.type, ir.TensorType) and value.shape is not None
 
 
 def _infer(model: Model) -> dict[ir.Value, tuple[int, Dims | None]]:
@@ -99,7 +109,7 @@ class _Skeleton:
         for value in graph.initializers.values():
             self._initializer(proto, value)
         for node in graph:
-            if any(True for _ in subgraphs_of(node)):
+            if subgraphs_of(node):
                 self._node_with_graphs(proto.node.add(), node)
             else:
                 ir.serde.serialize_node_into(proto.node.add(), node)
@@ -108,6 +118,9 @@ class _Skeleton:
                     ir.serde.serialize_value_into(proto.value_info.add(), value)
         for value in graph.outputs:
             ir.serde.serialize_value_into(proto.output.add(), value)
+            for dim in proto.output[-1].type.tensor_type.shape.dim if _has_shape(value) else ():
+                if dim.HasField("dim_param"):
+                    dim.Clear()
 
     def _initializer(self, proto: onnx.GraphProto, value: ir.Value) -> None:
         tensor = value.const_value
@@ -154,7 +167,7 @@ def _collect(proto: onnx.GraphProto, graph: ir.Graph, found: dict[ir.Value, tupl
             kind = types.get(value.name or "")
             if kind is not None and kind.HasField("tensor_type"):
                 found[value] = (kind.tensor_type.elem_type, _dims(kind.tensor_type))
-        graphs = list(subgraphs_of(node))
+        graphs = subgraphs_of(node)
         if graphs:
             protos = [attr.g for attr in entry.attribute if attr.type == onnx.AttributeProto.GRAPH]
             protos += [g for attr in entry.attribute for g in attr.graphs]

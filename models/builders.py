@@ -206,12 +206,13 @@ class Decoder:
         self.root = g.scalar("root_head_dim", math.sqrt(self.head_dim))
         self.last_axis = g.ints("last_axis", -1)
         self.bounds = [g.ints(f"bound_{i}", v) for i, v in enumerate((0, self.head_dim // 2, self.head_dim))]
-        self.split_q = g.ints("split_q", 0, 0, heads, self.head_dim)
-        self.split_kv = g.ints("split_kv", 0, 0, kv_heads, self.head_dim)
         self.merge = g.ints("merge_heads", 0, 0, dim)
-        self.group_axis = g.ints("group_axis", 2)
-        self.groups = g.ints("groups", 1, 1, heads // kv_heads, 1, 1)
-        self.ungroup = g.ints("ungroup", 0, heads, -1, self.head_dim)
+        self.split_q = g.ints("split_q", 0, 0, heads, self.head_dim)
+        if heads != kv_heads:
+            self.split_kv = g.ints("split_kv", 0, 0, kv_heads, self.head_dim)
+            self.group_axis = g.ints("group_axis", 2)
+            self.groups = g.ints("groups", 1, 1, heads // kv_heads, 1, 1)
+            self.ungroup = g.ints("ungroup", 0, heads, -1, self.head_dim)
 
     def rms_norm(self, x: ir.Value, at: str) -> ir.Value:
         """x / sqrt(mean(x²) + eps) · weight, written out."""

@@ -52,7 +52,7 @@ class Sketch:
 
     def weight(self, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
         """An initializer holding ``array``."""
-        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        tensor = ir.Tensor(array, name=name) if isinstance(array, np.ndarray) else array
         value = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 100
 """Columns when stdout is no terminal: wide enough for every table, narrow enough for a log."""
 
-MIN_FLEXIBLE = 16
+MIN_FLEXIBLE = 12
 """Characters of a name that a table keeps, however narrow the terminal is."""
 
 
@@ -27,9 +27,14 @@ def console(*, stderr: bool = False) -> Console:
     """A rich console of the terminal's width, or of :data:`PIPED_WIDTH` when piped."""
     from rich.console import Console
 
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would leave with 1, which means a broken budget here; the entry point knows better.
+            raise BrokenPipeError
+
     stream: TextIO = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False, emoji=False, markup=False, soft_wrap=False)
+    return Screen(file=stream, width=width, highlight=False, emoji=False, markup=False, soft_wrap=False)
 
 
 def print_result(*things: RenderableType) -> None:
@@ -83,8 +88,9 @@ def table(*columns: str, rows: Iterable[Sequence[str]], flexible: int = 0, title
     cells = [list(row) for row in rows]
     headings = [column.removeprefix(">") for column in columns]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-    gaps = 2 * (len(columns) - 1)
-    room = console().width - gaps - sum(widths) + widths[flexible]
+    others = sum(widths) - widths[flexible]
+    gap = next((g for g in (2, 1) if console().width - others - g * (len(columns) - 1) >= MIN_FLEXIBLE), 1)
+    room = console().width - others - gap * (len(columns) - 1)
     for row in cells:
         row[flexible] = shorten(row[flexible], max(room, MIN_FLEXIBLE))
     made = Table(
@@ -93,7 +99,7 @@ def table(*columns: str, rows: Iterable[Sequence[str]], flexible: int = 0, title
         title_justify="left",
         title_style="bold",
         header_style="bold",
-        padding=(0, 2, 0, 0),
+        padding=(0, gap, 0, 0),
         pad_edge=False,
     )
     for column in columns:
@@ -156,10 +162,9 @@ def _three_digits(value: float) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """A relative change: ``-74.1%``, ``+3.0%``, or nothing when equal."""
-    if before == after or not before:
-        return ""
-    return f"{100 * (after - before) / before:+.1f}%"
+    """A relative change: ``-74.1%``, ``+3.0%``, or nothing when it rounds to nothing."""
+    text = f"{100 * (after - before) / before:+.1f}%" if before else ""
+    return "" if text in ("+0.0%", "-0.0%") else text
 
 
 def seconds(time: float) -> str:

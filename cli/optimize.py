@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from effic.optimize import Report
     from effic.passes.base import Pass
     from effic.passes.pipeline import Step
+
+_QUOTED = re.compile(r"'[^']*'")
 
 REASONS = 8
 """Missed reasons that are printed; the report file has them all."""
@@ -194,7 +197,7 @@ def _print(report: Report, dry_run: bool, report_file: str | None) -> None:
 
 def _row(step: Step) -> list[str]:
     return [
-        step.text,
+        f"lower for {step.text}" if step.name == "lower" else step.text,
         str(step.passed),
         str(step.missed),
         _move(step.bytes_before, step.bytes_after, console.size),
@@ -206,7 +209,8 @@ def _row(step: Step) -> list[str]:
 
 
 def _move(before: int, after: int, text: Any) -> str:
-    return str(text(after)) if before == after else f"{text(before)} → {text(after)}"
+    was, now = str(text(before)), str(text(after))
+    return now if was == now else f"{was} → {now}"
 
 
 def _totals(report: Report) -> str:
@@ -240,18 +244,21 @@ def _file_size(report: Report) -> str:
 def _print_missed(report: Report, report_file: str | None) -> None:
     """Reasons for what was left alone, the most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, str], tuple[str, str]] = {}
     for step in report.steps:
         for remark in step.remarks:
             if remark.kind == "missed":
-                counts[step.name, remark.text] += 1
-                first.setdefault((step.name, remark.text), remark.where)
+                # The same reason names another node at every place.
+                key = step.name, _QUOTED.sub("", remark.text)
+                counts[key] += 1
+                first.setdefault(key, (remark.text, remark.where))
     if not counts:
         return
     console.print_result("", "left alone:")
-    for (name, reason), count in counts.most_common(REASONS):
+    for key, count in counts.most_common(REASONS):
+        reason, where = first[key]
         others = f" and {count - 1} more" if count > 1 else ""
-        console.print_result(f"  {name}: {reason} [{first[name, reason]}{others}]")
+        console.print_result(f"  {key[0]}: {where}{others}: {reason}")
     if len(counts) > REASONS:
         where = report_file or "--report FILE"
         console.print_result(f"  … {len(counts) - REASONS} more reasons: see {where}")

@@ -33,17 +33,10 @@ def passes(as_json: bool) -> None:
     if as_json:
         console.print_json({"passes": rows, "presets": {name: _preset(p) for name, p in PRESETS.items()}})
         return
-    console.print_result(
-        console.table(
-            "pass",
-            "numerics",
-            "what it does",
-            rows=[[row["name"], row["numerics"], row["summary"]] for row in rows],
-            flexible=2,
-        ),
-        "",
-        "'effic explain PASS' tells more about each.",
-    )
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        console.print_result(f"{row['name']:<{width}}  {row['numerics']:<8}  {row['summary']}")
+    console.print_result("", "'effic explain PASS' tells more about each.")
     for name, preset in PRESETS.items():
         console.print_result("", f"preset {name}: {preset.summary}")
         width = max(len(line) for line, _ in preset.lines)

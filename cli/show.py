@@ -12,6 +12,9 @@ from effic.cli import console
 if TYPE_CHECKING:
     from effic.show import Port, Shown
 
+WEIGHT_KINDS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather")
+"""Operators whose weights passes rewrite; a kernel's own form is not worth a complaint."""
+
 
 @click.command()
 @click.argument("model", type=click.Path())
@@ -40,13 +43,16 @@ def _print(shown: Shown, top: int) -> None:
         for count, noun in ((nested, "subgraph"), (shown.functions, "function"))
         if count > 0
     )
-    unknown = f" (without {cost.macs_unknown} nodes of unknown shape)" if cost.macs_unknown else ""
-    dims = "".join(f", {name}={size}" for name, size in cost.dims.items())
+    dims = " with " + ", ".join(f"{name}={size}" for name, size in cost.dims.items()) if cost.dims else ""
+    macs = f"{console.amount(cost.macs)} MACs{dims}"
+    if cost.macs_unknown:
+        macs = f"at least {macs} ({cost.macs_unknown} nodes have unknown shapes)"
     console.print_result(
         f"{shown.path}: {console.size(shown.measurement.file_bytes)}, IR version {shown.ir_version}, "
         f"opset {opsets}" + (f", made by {shown.producer}" if shown.producer else ""),
-        f"{console.amount(cost.parameters)} parameters, {console.size(cost.weight_bytes)} of weights, "
-        f"{console.amount(cost.macs)} MACs{dims}{unknown}, {cost.nodes} nodes{extra}",
+        f"{cost.nodes} nodes{extra}, {console.amount(cost.parameters)} parameters, "
+        f"{console.size(cost.weight_bytes)} of weights",
+        macs,
         *(f"  in   {_port(port)}" for port in shown.inputs),
         *(f"  out  {_port(port)}" for port in shown.outputs),
         "",
@@ -102,7 +108,7 @@ def _print_sites(shown: Shown) -> None:
         counts[key] += 1
         elements[key] += site.shape_oi[0] * site.shape_oi[1]
         nbytes[key] += site.bytes
-        if site.why_not is not None:
+        if site.why_not is not None and site.kind in WEIGHT_KINDS:
             reasons[site.why_not].append(site.name)
     rows = [
         [

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from effic.ir.cost import ModelCost, NodeCost, model_cost
 from effic.ir.encodings import Encoding, stored_bytes
-from effic.ir.model import PassRecord, constant_tensor
+from effic.ir.model import Model, PassRecord, constant_tensor
 from effic.ir.onnx_format import read_onnx
 from effic.ir.weights import WeightSite, weight_sites
 from effic.measure import Measurement, measure_model
@@ -127,7 +127,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Shown:
         measurement=measure_model(model, Path(path), cost),
         cost=cost,
         ops=_ops(cost),
-        sites=[_site(site) for site in weight_sites(model) if _is_stored(site)],
+        sites=[_site(site) for site in weight_sites(model) if _is_stored(site)] + _kernel_sites(model),
         nodes=_movers(cost),
         notes=list(model.origin.notes),
         record=model.record,
@@ -199,3 +199,44 @@ def storage_text(site: WeightSite, encoding: Encoding) -> str:
     groups = scales if encoding.group_size < 0 else f"groups of {encoding.group_size} {scales}"
     outliers = "" if encoding.outliers is None else f", {encoding.outliers.indices.size} outliers"
     return f"{encoding.bits}-bit {kind}, {groups}{outliers}"
+
+
+def _kernel_sites(model: Model) -> list[SiteRow]:
+    """Compressed weights that a runtime's own operator decodes, as lowering leaves them."""
+    rows: dict[int, SiteRow] = {}
+    for node in model.nodes("MatMulNBits", "GatherBlockQuantized", domain="com.microsoft"):
+        lookup = node.op_type == "GatherBlockQuantized"
+        places = (0, 2, 3) if lookup else (1, 2, 3)
+        codes, scales, zeros = (_stored(node.inputs[i]) if i < len(node.inputs) else None for i in places)
+        # Several nodes may share a weight; the first tells about it.
+        if codes is None or id(codes) in rows:
+            continue
+        numbers = {k: a.as_int() for k, a in node.attributes.items() if a.type == ir.AttributeType.INT}
+        bits, block = numbers.get("bits", 4), numbers.get("block_size", 128)
+        if lookup:
+            length = codes.shape.numpy()[0]
+            shape = length, codes.size * codes.dtype.bitwidth // bits // max(1, length)
+        else:
+            shape = numbers.get("N", 0), numbers.get("K", 0)
+        nbytes = sum(t.nbytes for t in (codes, scales, zeros) if t is not None)
+        kind = "symmetric" if zeros is None else "asymmetric"
+        rows[id(codes)] = SiteRow(
+            name=codes.name or "",
+            kind=node.op_type,
+            shape_oi=shape,
+            groups=1,
+            storage=f"{bits}-bit {kind}, blocks of {block}",
+            bits=8 * nbytes / max(1, shape[0] * shape[1]),
+            bytes=nbytes,
+            why_not="it is in the form of its kernel already",
+        )
+    return list(rows.values())
+
+
+def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The constant behind an input, also behind a Cast or Reshape (how lowering shares and narrows scales)."""
+    tensor, node = constant_tensor(value), value.producer() if value is not None else None
+    while tensor is None and node is not None and node.op_type in ("Cast", "Reshape"):
+        source = node.inputs[0]
+        tensor, node = constant_tensor(source), source.producer() if source is not None else None
+    return tensor

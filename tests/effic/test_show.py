@@ -64,3 +64,15 @@ def test_encodings_are_named(tmp_path: Path) -> None:
     assert encoded
     assert all("groups of 16 per oc" in site.storage for site in encoded)
     assert all(4 < site.bits < 8 for site in encoded)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("encoder", "MatMulNBits"), ("llama", "GatherBlockQuantized")])
+def test_lowered_weights_are_named_too(tmp_path: Path, name: str, kind: str) -> None:
+    from effic.optimize import optimize
+
+    passes = "quantize-rtn{bits=4,group_size=16,embeddings=true,min_size=1,kinds=[MatMul,Gemm,Gather]}"
+    optimize(Model(BUILDERS[name]()), passes, output=tmp_path / "m.onnx", check="off")
+    shown = inspect_model(tmp_path / "m.onnx")
+    lowered = [site for site in shown.sites if site.kind == kind]
+    assert lowered
+    assert all(site.storage == "4-bit symmetric, blocks of 16" and 4 < site.bits <= 6 for site in lowered)

@@ -22,16 +22,16 @@ class Attention(nn.Module):
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
-    def split(self, x: Tensor) -> Tensor:
-        """[batch, sequence, dim] to [batch, heads, sequence, dim / heads]."""
-        return x.view(x.size(0), x.size(1), self.heads, x.size(2) // self.heads).transpose(1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, sequence, dim] in and out."""
-        q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2)
-        return self.out(mixed.reshape(x.size(0), x.size(1), x.size(2)))
+        batch, sequence, dim = x.shape
+        size = dim // self.heads
+        q, k, v = (
+            project(x).view(batch, sequence, self.heads, size).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(size)).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(batch, sequence, dim))
 
 
 class Layer(nn.Module):

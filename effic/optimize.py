@@ -28,6 +28,8 @@ from effic.passes.spec import parse_passes, to_text
 if TYPE_CHECKING:
     import torch
 
+    from effic.backends.base import Backend
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -170,10 +172,10 @@ def optimize(
     )
     canonical = model.clone() if checker is not None else None
     _tell(progress, f"lowering for {target}", len(sequence), steps_in_all)
-    lowered = _lower(model, backend)
+    lowered = _lower(model, backend, result.after)
     steps, after = [*result.steps, lowered], result.after
     if lowered.changed:
-        after = model_cost(model)
+        after = model_cost(model, shapes=after.shapes)
         lowered.bytes_after, lowered.nodes_after = after.weight_bytes, after.nodes
         lowered.parameters, lowered.macs = after.parameters, after.macs
     verdict, distance = "not checked", None
@@ -182,9 +184,14 @@ def optimize(
         verdict, distance = _check_result(model, canonical, checker, sequence, lowered, check)
     written, output_bytes = None, None
     if output is not None and not dry_run:
-        model.save(output, force=force, external=external)
-        written = os.fspath(output)
-        output_bytes = _stored_bytes(read_onnx(written))
+        sizes = [0]
+
+        def saved(done: int, total: int) -> None:
+            sizes[0] = total
+            _tell(progress, f"saving, {100 * done // max(total, 1)} %", steps_in_all, steps_in_all)
+
+        model.save(output, force=force, external=external, progress=saved)
+        written, output_bytes = os.fspath(output), sizes[0]
     return Report(
         source=model.origin.path or f"a model from {model.origin.front_end}",
         notes=model.origin.notes,
@@ -209,12 +216,11 @@ def _sequence(passes: str | Sequence[Pass] | None) -> list[Pass]:
     return parse_passes(passes) if isinstance(passes, str) else list(passes)
 
 
-def _lower(model: Model, backend: Any) -> Step:
+def _lower(model: Model, backend: Backend, cost: ModelCost) -> Step:
     step = Step("lower", backend.text, Numerics.LOSSY)
-    cost_before = model_cost(model)
-    step.bytes_before = step.bytes_after = cost_before.weight_bytes
-    step.nodes_before = step.nodes_after = cost_before.nodes
-    step.parameters, step.macs = cost_before.parameters, cost_before.macs
+    step.bytes_before = step.bytes_after = cost.weight_bytes
+    step.nodes_before = step.nodes_after = cost.nodes
+    step.parameters, step.macs = cost.parameters, cost.macs
     remarks, mark = Remarks(), fingerprint(model)
     reset_peak_memory()
     began = time.perf_counter()

@@ -47,6 +47,8 @@ class ModelCost:
         dims: the sizes of dynamic dimensions that ``macs`` holds for.
         ops: how often each operator occurs.
         per_node: cost of each node, in order.
+        shapes: shapes that had to be inferred, by value name; hand it to the next count of the
+            same model, since inference costs more than counting.
     """
 
     weight_bytes: int
@@ -57,12 +59,12 @@ class ModelCost:
     dims: dict[str, int]
     ops: dict[str, int]
     per_node: list[NodeCost]
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form without the per-node list."""
-        row = dataclasses.asdict(self)
-        del row["per_node"]
-        return row
+        """JSON-able form of the totals."""
+        left_out = ("per_node", "shapes")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
 
 
 def weight_bytes(model: Model) -> int:
@@ -76,14 +78,20 @@ def weight_bytes(model: Model) -> int:
     return total
 
 
-def model_cost(model: Model, dims: Mapping[str, int] | None = None) -> ModelCost:
+def model_cost(
+    model: Model,
+    dims: Mapping[str, int] | None = None,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> ModelCost:
     """Count a model's costs.
 
     Args:
         model: the model; it is not changed.
         dims: sizes of dynamic dimensions by name; each other one counts as 1.
+        shapes: what an earlier count of the model, with the same ``dims``, inferred.
     """
-    shapes = _Shapes(model, dims or {})
+    known = _Shapes(model, dims or {}, shapes or {})
     seen: set[int] = set()
     per_node: list[NodeCost] = []
     ops: dict[str, int] = {}
@@ -103,7 +111,7 @@ def model_cost(model: Model, dims: Mapping[str, int] | None = None) -> ModelCost
                 nbytes += tensor.nbytes
                 if index not in _METADATA_INPUTS.get(node.op_type, ()) and _is_weight(tensor):
                     parameters += _elements(node, index, tensor)
-            count = _macs(node, shapes) if graph is model.graph else 0
+            count = _macs(node, known) if graph is model.graph else 0
             if count is None:
                 unknown += 1
             else:
@@ -115,9 +123,10 @@ def model_cost(model: Model, dims: Mapping[str, int] | None = None) -> ModelCost
         nodes=len(per_node),
         macs=macs,
         macs_unknown=unknown,
-        dims=shapes.dims,
+        dims=known.dims,
         ops=dict(sorted(ops.items(), key=lambda item: -item[1])),
         per_node=per_node,
+        shapes=known.inferred,
     )
 
 
@@ -135,9 +144,12 @@ def _elements(node: ir.Node, index: int, tensor: ir.TensorProtocol) -> int:
 class _Shapes:
     """Static shapes of values, inferred on a copy only when the model does not carry them."""
 
-    def __init__(self, model: Model, dims: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: Model, dims: Mapping[str, int], inferred: Mapping[str, tuple[int, ...]]
+    ) -> None:
         self._model = model
-        self._inferred: dict[str, tuple[int, ...]] | None = None
+        self._done = False
+        self.inferred = dict(inferred)
         self.dims: dict[str, int] = {}
         for value in model.graph.inputs:
             for dim in value.shape or ():
@@ -153,9 +165,11 @@ class _Shapes:
             sizes = [d if isinstance(d, int) else self.dims.get(str(d.value)) for d in shape]
             if None not in sizes:
                 return tuple(s for s in sizes if s is not None)
-        if self._inferred is None:
-            self._inferred = self._infer()
-        return self._inferred.get(value.name or "")
+        name = value.name or ""
+        if name not in self.inferred and not self._done:
+            self._done = True
+            self.inferred.update(self._infer())
+        return self.inferred.get(name)
 
     def _infer(self) -> dict[str, tuple[int, ...]]:
         from onnx_ir.passes.common import ShapeInferencePass

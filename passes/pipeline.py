@@ -275,20 +275,22 @@ def run_passes(
 def _run_one(model: Model, item: Pass, cost: ModelCost, checker: Checker | None) -> tuple[Step, ModelCost]:
     step = Step(item.name, to_text(item), item.numerics)
     step.bytes_before, step.nodes_before = cost.weight_bytes, cost.nodes
-    before = model.clone()
+    # For naming the node at fault, and for going back to the lower opset.
+    raises = item.needs_opset > model.opset
+    before = model.clone() if checker is not None or raises else None
     shape, mark = signature(model), fingerprint(model)
     remarks = Remarks()
     reset_peak_memory()
     began = time.perf_counter()
     reason = None
-    if item.needs_opset > model.opset:
+    if raises:
         from effic.ir.onnx_format import raise_opset
 
         reason = raise_opset(model, item.needs_opset)
         model.forget_names()
     if reason is None:
         item.apply(model, remarks)
-        if before.opset != model.opset and not remarks.count("passed"):
+        if raises and before is not None and not remarks.count("passed"):
             # The opset is raised only for a pass that makes use of it.
             model.ir = before.ir.clone()
     else:
@@ -305,7 +307,7 @@ def _run_one(model: Model, item: Pass, cost: ModelCost, checker: Checker | None)
     if not step.changed:
         step.verdict = "unchanged"
     else:
-        cost = model_cost(model)
+        cost = model_cost(model, shapes=cost.shapes)
         if checker is not None:
             step.distance, step.verdict = checker.check(model, item.numerics, item.name, before)
     step.bytes_after, step.nodes_after = cost.weight_bytes, cost.nodes

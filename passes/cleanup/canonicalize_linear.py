@@ -267,7 +267,9 @@ def _fold_factor(node: ir.Node, name: str, index: int, scope: Scope, model: Mode
         return
     with borrow(tensor) as array:
         wide = np.float64 if tensor.dtype == ir.DataType.DOUBLE else np.float32
-        scaled = (array.astype(wide, copy=False) * wide(factor)).astype(array.dtype, copy=False)
+        scaled = np.multiply(array.astype(wide, copy=False), factor, dtype=wide).astype(
+            array.dtype, copy=False
+        )
     new = model.add_initializer(value.graph, value.name or name, scaled, tensor.dtype)
     node.replace_input_with(index, new)
     _forget(value, new)

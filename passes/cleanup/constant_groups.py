@@ -292,7 +292,8 @@ def _split(group: Group) -> list[Group]:
     order = {node: index for index, node in enumerate(group.nodes)}
     for root in group.roots:
         producer = root.producer()
-        stack, cone = [producer], set()
+        stack = [producer]
+        cone: set[ir.Node] = set()
         while stack:
             node = stack.pop()
             if node is None or node in cone or node not in members:

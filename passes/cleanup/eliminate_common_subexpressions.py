@@ -188,4 +188,4 @@ def _digest(tensor: ir.TensorProtocol) -> bytes:
         flat = np.ascontiguousarray(array).reshape(-1)
         if tensor.dtype == ir.DataType.STRING:
             return repr(flat.tolist()).encode()
-        return hashlib.blake2b(flat.view(np.uint8), digest_size=16).digest()
+        return hashlib.blake2b(flat.view(np.uint8).data, digest_size=16).digest()

@@ -80,16 +80,17 @@ def _slice(node: ir.Node, inputs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _cast(node: ir.Node, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    return inputs[0].astype(ir.DataType(int_attribute(node, "to", 0)).numpy())
+    return inputs[0].astype(ir.DataType(int_attribute(node, "to", 0) or 0).numpy())
 
 
 def _divide(node: ir.Node, inputs: Sequence[np.ndarray]) -> np.ndarray:
     a, b = inputs
     if a.dtype.kind == "f":
-        return np.divide(a, b)
+        return np.asarray(np.divide(a, b))
     # ONNX rounds integers towards zero, numpy down: one more where it went below a negative result.
-    quotient = np.floor_divide(a, b)
-    return quotient + ((np.remainder(a, b) != 0) & ((a < 0) != (b < 0))).astype(quotient.dtype)
+    quotient = np.asarray(np.floor_divide(a, b))
+    one_up = (np.remainder(a, b) != 0) & ((a < 0) != (b < 0))
+    return np.asarray(quotient + one_up.astype(quotient.dtype))
 
 
 def _elementwise(function: Callable[..., np.ndarray]) -> Evaluator:

@@ -79,7 +79,7 @@ def _lift_constants(scope: Scope, remarks: Remarks) -> None:
         value = ir.Value(
             name=output.name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         output.replace_all_uses_with(value)

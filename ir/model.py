@@ -199,8 +199,9 @@ class Model:
         )
         name = old.name
         if movable:
-            new.type = new.type or old.type
-            new.shape = new.shape or old.shape
+            # What the output declares to callers stays, even where more or less is known of ``new``.
+            new.type = old.type or new.type
+            new.shape = old.shape or new.shape
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             old.name = None
             new.name = name

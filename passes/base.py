@@ -123,6 +123,9 @@ def options_of(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
 def option_problem(field: dataclasses.Field[Any], kind: Any, value: Any) -> str | None:
     """Why ``value`` cannot be the option's value, as a phrase that follows its name, or None."""
     allowed = typing.get_args(kind) if typing.get_origin(kind) is Literal else field.metadata.get("choices")
+    if allowed is not None and typing.get_origin(kind) is tuple and isinstance(value, tuple):
+        wrong = next((v for v in value if v not in allowed), None)
+        return None if wrong is None else f"has {wrong!r}, allowed are {', '.join(map(str, allowed))}"
     if allowed is not None:
         if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             return f"is {value!r}, allowed are {', '.join(map(str, allowed))}"

@@ -17,6 +17,7 @@ from effic.backends.ort.blocks import (
 )
 from effic.backends.ort.scenes import EncodedInput, graph_of, put_named
 from effic.ir.model import Model
+from effic.ir.tensors import SPILL_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class BlockStore:
         if isinstance(again, Blocks):
             codes = again.codes
         else:
-            codes = model.add_initializer(graph, f"{name}.blocks", block_codes(encoding, layout))
+            codes = model.add_initializer(graph, f"{name}.blocks", _tensor(encoding.codes, layout))
         scales = add_scales(
             model, before, name, block_scales(encoding, layout) * encoding.scales.dtype.type(factor)
         )
@@ -80,20 +81,36 @@ class BlockStore:
         return Blocks(layout, codes, scales, points, zeros)
 
 
+def _tensor(codes: ir.TensorProtocol, layout: Layout) -> ir.TensorProtocol:
+    """The codes in block layout; those of a large weight are moved when they are written to a file.
+
+    Moving them is about as fast as writing them, so that keeping the result on disk meanwhile would
+    take more time than it saves.
+    """
+    if codes.nbytes < SPILL_BYTES:
+        return ir.Tensor(block_codes(codes, layout))
+    shape = ir.Shape((layout.outputs, layout.blocks, layout.block_bytes))
+    return ir.LazyTensor(lambda: ir.Tensor(block_codes(codes, layout)), ir.DataType.UINT8, shape)
+
+
 def add_scales(model: Model, before: ir.Node, name: str, scales: np.ndarray) -> ir.Value:
     """Scales as a constant; fp32 ones that fp16 holds exactly are stored so and widened by a Cast.
 
     The runtime folds the Cast when it loads the file.
     """
     graph = graph_of(before)
-    if scales.dtype == np.float32:
-        with np.errstate(over="ignore"):
-            half = scales.astype(np.float16)
-        if np.array_equal(half.astype(np.float32), scales):
-            narrow = model.add_initializer(graph, f"{name}.block_scales", half)
-            wide = put_named(
-                model, f"{name}.wide_scales", before, "Cast", [narrow], to=int(ir.DataType.FLOAT)
-            )
-            wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(scales.shape)
-            return wide
-    return model.add_initializer(graph, f"{name}.block_scales", scales)
+    # Most scales are not exact in fp16, and the first few tell.
+    exact = scales.dtype == np.float32 and _as_half(scales.reshape(-1)[:256]) is not None
+    half = _as_half(scales) if exact else None
+    if half is None:
+        return model.add_initializer(graph, f"{name}.block_scales", scales)
+    narrow = model.add_initializer(graph, f"{name}.block_scales", half)
+    wide = put_named(model, f"{name}.wide_scales", before, "Cast", [narrow], to=int(ir.DataType.FLOAT))
+    wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(scales.shape)
+    return wide
+
+
+def _as_half(scales: np.ndarray) -> np.ndarray | None:
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), scales) else None

@@ -8,7 +8,6 @@ the codes as the graph stores the weight: ``[K, N]`` for a MatMul, ``[N, K]`` be
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -122,12 +121,17 @@ def block_size(group: int, inputs: int, bits: int) -> int | None:
     return next((size for size in reversed(sizes) if group % size == 0), None)
 
 
-def block_codes(encoding: Encoding, layout: Layout) -> np.ndarray:
-    """Codes in block layout: uint8 ``[N, blocks, block_bytes]``, unsigned, the last block padded."""
-    packed = _packed_rows(encoding, layout.bits)
+def block_codes(codes: ir.TensorProtocol, layout: Layout) -> np.ndarray:
+    """Codes in block layout: uint8 ``[N, blocks, block_bytes]``, unsigned, the last block padded.
+
+    Args:
+        codes: 2-D, as the encoding stores them.
+        layout: that :func:`plan` made for the encoding.
+    """
+    packed = _packed_rows(codes, layout.bits)
     if layout.k_axis == 0:
         packed = transpose_codes(packed, layout.outputs, layout.bits)
-    if encoding.codes.dtype.is_signed():
+    if codes.dtype.is_signed():
         # Two's complement to offset binary: flip the sign bit of every code.
         signs = np.uint8(0xFF // ((1 << layout.bits) - 1) << (layout.bits - 1))
         packed = np.bitwise_xor(packed, signs, out=packed if packed.flags.writeable else None)
@@ -227,13 +231,13 @@ def _per_block(values: np.ndarray, encoding: Encoding, layout: Layout) -> np.nda
     return np.ascontiguousarray(np.broadcast_to(values.reshape(-1, 1), shape))
 
 
-def _packed_rows(encoding: Encoding, bits: int) -> np.ndarray:
+def _packed_rows(codes: ir.TensorProtocol, bits: int) -> np.ndarray:
     """Codes as stored, ``bits`` wide, each row padded to whole bytes: uint8 ``[rows, bytes]``."""
-    rows, columns = encoding.shape
-    raw = np.frombuffer(encoding.codes.tobytes(), np.uint8)
-    if encoding.stored_bits == bits and columns * bits % 8 == 0:
+    rows, columns = codes.shape.numpy()
+    raw = np.frombuffer(codes.tobytes(), np.uint8)
+    if codes.dtype.bitwidth == bits and columns * bits % 8 == 0:
         return raw.reshape(rows, -1)
-    values: np.ndarray[Any, Any] = unpack(raw, encoding.codes.dtype, rows * columns).reshape(rows, columns)
+    values = unpack(raw, codes.dtype, rows * columns).reshape(rows, columns)
     return pack_rows(values.view(np.uint8) & np.uint8((1 << bits) - 1), bits)
 
 

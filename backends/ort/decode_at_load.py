@@ -21,7 +21,7 @@ from effic.ir.encodings import Encoding, recognise
 from effic.ir.model import Model, constant_tensor
 from effic.passes.base import Numerics, Pass, Remarks, option
 
-_DECODED = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_DECODED = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}
 
 _AT_EVERY_CALL = "this DequantizeLinear will run at every call"
 
@@ -61,7 +61,7 @@ class DecodeAtLoad(Pass):
                     where, f"the runtime has no {encoding.dtype.name} arithmetic; {_AT_EVERY_CALL}"
                 )
             else:
-                kind = encoding.dtype.name.lower()
+                kind = _DECODED[encoding.dtype]
                 decode(model, node, encoding)
                 remarks.passed(
                     where,

@@ -66,7 +66,13 @@ class LowerEncodings(Pass):
                     break
         for node in model.nodes("Gather"):
             weight = encoded_input(node.inputs[0])
-            if weight is not None:
+            if weight is None:
+                continue
+            others = sorted({use.node.op_type for use in weight.value.uses()} - {"Gather"})
+            if others:
+                # Then the whole table is decoded anyway; a second copy of it would only cost space.
+                remarks.missed(node, f"its table '{weight.name}' is decoded for {', '.join(others)} as well")
+            else:
                 lower_gather(model, node, weight, store.shared(weight), remarks)
 
 

@@ -8,7 +8,8 @@ import onnxruntime as ort
 import pytest
 
 from effic.backends import get_backend
-from effic.backends.ort.blocks import BLOCK_SIZES
+from effic.backends.ort.artifact import OrtArtifact
+from effic.backends.ort.blocks import BLOCK_SIZES, pack_rows, transpose_codes
 from effic.backends.ort.decode_at_load import runtime_dequantized
 from effic.ir.encodings import Encoding, Outliers, build, code_tensor, code_type, decode
 from effic.ir.model import Model
@@ -138,6 +139,16 @@ def test_matmul_equals_decoded_weight(bits: int, group: int, symmetric: bool) ->
         assert kernel == (bits != 8 or level == 4)
         assert remarks.count("missed") == (not kernel)
         assert runtime_dequantized(model) == []
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 53), (64, 64), (2050, 300), (16, 700)])
+def test_packed_codes_are_transposed(bits: int, shape: tuple[int, int]) -> None:
+    codes = np.random.default_rng(0).integers(0, 1 << bits, shape).astype(np.uint8)
+    want = pack_rows(np.ascontiguousarray(codes.T), bits)
+    got = transpose_codes(pack_rows(codes, bits), shape[1], bits)
+    np.testing.assert_array_equal(got[:, : want.shape[1]], want)
+    assert not got[:, want.shape[1] :].any()
 
 
 @pytest.mark.parametrize("k", [1, 15, 16, 33, 250, 256, 257])
@@ -285,6 +296,21 @@ def test_tied_embedding_and_head(symmetric: bool, group: int, columns: int) -> N
     (head,) = model.nodes("MatMulNBits", domain="com.microsoft")
     whole_blocks = columns % head.attributes["block_size"].as_int() == 0
     assert (lookup.inputs[0] is head.inputs[1]) == whole_blocks
+
+
+def test_table_that_is_decoded_for_others_is_not_copied() -> None:
+    encoding = make_encoding((50, 64), bits=8, k_axis=1)
+    text = (
+        "g (int64[M,T] ids, float[50,64] w) => (float[M,T,50] y) "
+        "{ e = Gather(w, ids) t = Transpose<perm=[1,0]>(w) y = MatMul(e, t) }"
+    )
+    model = make_model(text, {"w": encoding})
+    remarks = lower(model, "ort-cpu{accuracy_level=0}")
+    assert [r.kind for r in remarks.items] == ["missed", "missed", "passed"]
+    assert "decoded for Transpose as well" in remarks.items[1].text
+    assert runtime_dequantized(model) == []
+    ids, weight = np.array([[0, 49, -1]]), decode(encoding).astype(np.float64)
+    assert distance(weight[ids] @ weight.T, run(model, {"ids": ids})[0]) < 1e-5
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -495,6 +521,19 @@ def test_output_does_not_depend_on_session_options() -> None:
     lower(model)
     x = activations(2, 64)
     np.testing.assert_array_equal(run(model, {"x": x})[0], run(model, {"x": x}, optimize=False)[0])
+
+
+def test_large_weights_are_moved_while_they_are_written(tmp_path) -> None:
+    encoding = make_encoding((2048, 1100), group=128)
+    model = linear(encoding)
+    lower(model, "ort-cpu{accuracy_level=0}")
+    (node,) = model.nodes("MatMulNBits", domain="com.microsoft")
+    assert isinstance(node.inputs[1].const_value, ir.LazyTensor)
+    assert node.inputs[1].const_value.nbytes == 2048 * 1100 // 2
+    path = tmp_path / "large.onnx"
+    model.save(path, external=True)
+    x = activations(2, 2048)
+    assert distance(x @ decode(encoding).astype(np.float64), OrtArtifact.load(path).run({"x": x})["y"]) < 1e-5
 
 
 def test_names_and_metadata_survive() -> None:

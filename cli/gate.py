@@ -52,7 +52,7 @@ def gate(config: str | None, update: bool, top: int, as_json: bool) -> None:
 def _print(report: GateReport) -> None:
     if report.updated:
         count = len(report.updated)
-        console.note(f"wrote {report.baseline} ({count} model{'' if count == 1 else 's'}); commit it")
+        console.note(f"wrote {_near(report.baseline)} ({count} model{'' if count == 1 else 's'}); commit it")
     console.print_result(
         console.table(
             "", "model", "metric", "bound", ">limit", ">value", ">room",
@@ -110,7 +110,12 @@ def _print_broken(verdict: Verdict, report: GateReport) -> None:
             console.print_result(f"    {sign + text(verdict.others):>10}  the rest")
         if verdict.grown and verdict.shrunk:
             console.print_result(f"    {'-' + text(verdict.shrunk):>10}  shrank or went away")
-    console.print_result(f"  to allow it, edit {verdict.key} in {report.config}")
+    console.print_result(f"  to allow it, edit {verdict.key} in {_near(report.config)}")
+
+
+def _near(path: Path) -> Path:
+    """The path from here, where that is shorter."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _figure(name: str, figure: float, text: Callable[[float], str]) -> str:

@@ -31,7 +31,7 @@ class Kernel:
         bias: ``[C_o]``.
         group: groups.
         window: how it slides.
-        diagonal: made of an identity or a pooling: depthwise, and rewritable to any groups.
+        diagonal: an identity, a pooling or a scale: depthwise, and rewritable to any groups.
     """
 
     weight: np.ndarray
@@ -80,6 +80,8 @@ def then_kernel(first: Kernel, second: Kernel) -> Kernel:
         raise Refused(f"a convolution of {second.inputs} channels follows one of {first.outputs}")
     if first.window.is_pointwise:
         return _pointwise_first(first, second)
+    if second.window.is_pointwise and second.diagonal:
+        return then_map(first, AffineMap(second.weight.reshape(-1), second.bias))
     if second.window.is_pointwise and second.group == 1 and first.group in (1, first.outputs):
         if first.group == 1:
             weight = np.tensordot(second.weight.reshape(second.outputs, -1), first.weight, axes=1)

@@ -27,9 +27,9 @@ from effic.passes.fuse.affine import (
 )
 from effic.passes.fuse.reading import (
     Layout,
+    Orphans,
     Refused,
     WeightRef,
-    drop_unused,
     float_attr,
     int_attr,
     per_channel,
@@ -315,8 +315,8 @@ def _read_gather(node: ir.Node) -> Layer:
     )
 
 
-def rewrite(layer: Layer, folded: Folded, model: Model) -> ir.Value:
-    """Give a layer its folded constants; drops the old ones that nothing else reads.
+def rewrite(layer: Layer, folded: Folded, model: Model, orphans: Orphans) -> ir.Value:
+    """Give a layer its folded constants; the old ones may be orphans then.
 
     Returns:
         The layer's output, after the addend if there is one. Readers are not moved to it.
@@ -324,12 +324,12 @@ def rewrite(layer: Layer, folded: Folded, model: Model) -> ir.Value:
     node, name = layer.node, layer.node.name
     if folded.weight is not None:
         label = f"{name}.weight_fused" if name else f"{layer.weight.name}_fused"
-        _replace(node, layer.weight_index, _constant(layer, label, folded.weight, model))
+        _replace(node, layer.weight_index, _constant(layer, label, folded.weight, model), orphans)
     if folded.bias is not None:
         label = f"{name}.bias_fused" if name else f"{layer.weight.name}_bias_fused"
         if len(node.inputs) < 3:
             node.resize_inputs(3)
-        _replace(node, 2, _constant(layer, label, folded.bias, model))
+        _replace(node, 2, _constant(layer, label, folded.bias, model), orphans)
         if node.op_type == "Gemm":
             node.attributes.pop("beta", None)
     output = node.outputs[0]
@@ -349,7 +349,6 @@ def _constant(layer: Layer, label: str, array: np.ndarray, model: Model) -> ir.V
     return model.add_initializer(layer.weight.graph, label, array, layer.weight.tensor.dtype)
 
 
-def _replace(node: ir.Node, index: int, value: ir.Value) -> None:
-    old = node.inputs[index]
+def _replace(node: ir.Node, index: int, value: ir.Value, orphans: Orphans) -> None:
+    orphans.add(node.inputs[index])
     node.replace_input_with(index, value)
-    drop_unused(old)

@@ -10,23 +10,23 @@ from effic.passes.fuse.affine import AffineMap, rounded
 from effic.passes.fuse.layers import finite
 from effic.passes.fuse.reading import (
     Layout,
+    Orphans,
     Refused,
-    drop_unused,
     dtype_of,
     rank_of,
     read_map,
     read_norm,
-    remove_node,
 )
 from effic.passes.fuse.steps import Step, steps_after, steps_before
 
 
-def merge_norms(norm: ir.Node, model: Model, as_mul_add: bool) -> str | None:
+def merge_norms(norm: ir.Node, model: Model, orphans: Orphans, as_mul_add: bool) -> str | None:
     """Merge ``norm`` with the scales and shifts around it.
 
     Args:
         norm: a batch norm, kept as the merged one.
         model: its model.
+        orphans: takes the constants that are no longer read.
         as_mul_add: write the result as Mul and Add, even when the norm stands alone.
 
     Returns:
@@ -46,7 +46,7 @@ def merge_norms(norm: ir.Node, model: Model, as_mul_add: bool) -> str | None:
     if as_mul_add:
         result = _mul_add(norm, total, source, rank, model)
     else:
-        _rewrite_norm(norm, total, model)
+        _rewrite_norm(norm, total, model, orphans)
         norm.replace_input_with(0, source)
         result = norm.outputs[0]
     others = [step for step in row if as_mul_add or step.node is not norm]
@@ -54,9 +54,9 @@ def merge_norms(norm: ir.Node, model: Model, as_mul_add: bool) -> str | None:
         model.replace_value(last, result)
     for step in reversed(row):
         if step in others:
-            remove_node(step.node)
+            orphans.remove_node(step.node)
         for node in reversed(step.crossed):
-            remove_node(node)
+            orphans.remove_node(node)
     if as_mul_add:
         return "written as Mul and Add" if len(row) == 1 else f"{len(row)} in a row written as Mul and Add"
     return f"{len(row)} scales and shifts in a row became one: " + ", ".join(describe(s.node) for s in others)
@@ -83,7 +83,7 @@ def _row(norm: ir.Node, found: AffineMap, rank: int | None, model: Model) -> tup
     return row, total
 
 
-def _rewrite_norm(norm: ir.Node, total: AffineMap, model: Model) -> None:
+def _rewrite_norm(norm: ir.Node, total: AffineMap, model: Model, orphans: Orphans) -> None:
     graph = norm.graph
     if graph is None:
         return
@@ -97,9 +97,8 @@ def _rewrite_norm(norm: ir.Node, total: AffineMap, model: Model) -> None:
         new.append((f"{norm.name or norm.outputs[0].name}.{label}_fused", array, tensor.dtype))
     arrays = [finite(rounded(array, dtype.numpy())) for _, array, dtype in new]
     for index, ((label, _, dtype), array) in enumerate(zip(new, arrays, strict=True), 1):
-        old = norm.inputs[index]
+        orphans.add(norm.inputs[index])
         norm.replace_input_with(index, model.add_initializer(graph, label, array, dtype))
-        drop_unused(old)
     norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.0)
 
 

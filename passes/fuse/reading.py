@@ -76,13 +76,23 @@ class WeightRef:
     tensor: ir.TensorProtocol
     perm: tuple[int, ...]
     graph: ir.Graph
-    shared: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape as the node sees it."""
         dims = tuple(int(d) for d in self.tensor.shape)  # type: ignore[arg-type]
         return tuple(dims[p] for p in self.perm)
+
+    @property
+    def shared(self) -> bool:
+        """Whether anything but the one node reads the constant, or what lies between."""
+        source: ir.Value | None = self.value
+        while source is not None:
+            if len(source.uses()) > 1 or source.is_graph_output():
+                return True
+            node = source.producer()
+            source = node.inputs[0] if node is not None and node.inputs else None
+        return False
 
     @property
     def name(self) -> str:
@@ -96,20 +106,18 @@ def read_weight(value: ir.Value | None, what: str = "weight") -> WeightRef:
     Raises:
         Refused: it is not a constant of a floating-point type.
     """
-    source, perms, shared = value, [], False
+    source, perms = value, []
     while source is not None and (node := source.producer()) is not None and node.domain in ONNX_DOMAINS:
         if node.op_type == "Transpose":
             perms.append(_transpose_perm(node))
         elif node.op_type != "Identity":
             break
-        shared |= len(source.uses()) > 1 or source.is_graph_output()
         source = node.inputs[0]
     tensor = constant_tensor(source)
     if value is None or source is None or tensor is None:
         raise Refused(f"its {what} {_why_not_constant(source)}")
     if tensor.dtype not in FLOATS:
         raise Refused(f"its {what} is not of a floating-point type ({tensor.dtype.name})")
-    shared |= len(source.uses()) > 1 or source.is_graph_output()
     perm = tuple(range(len(tensor.shape)))
     for step in reversed(perms):
         step = step or tuple(reversed(range(len(perm))))
@@ -117,7 +125,7 @@ def read_weight(value: ir.Value | None, what: str = "weight") -> WeightRef:
             raise Refused(f"its {what} is transposed by a permutation of another rank")
         perm = tuple(perm[axis] for axis in step)
     graph = _home(source)
-    return WeightRef(value, tensor, perm, graph, shared)
+    return WeightRef(value, tensor, perm, graph)
 
 
 def _transpose_perm(node: ir.Node) -> tuple[int, ...]:
@@ -446,8 +454,37 @@ def follow(value: ir.Value, model: Model) -> tuple[ir.Value, list[ir.Node]]:
     return value, crossed
 
 
-def drop_unused(value: ir.Value | None) -> None:
-    """Remove a constant (and the Identity or Transpose before it) that nothing reads any more."""
+class Orphans:
+    """Constants that may have lost their last reader, removed in one go at the end of a pass.
+
+    A constant may be read by thousands of nodes; asking after each removal whether one is left
+    would make a pass quadratic.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[ir.Value, None] = {}
+
+    def add(self, value: ir.Value | None) -> None:
+        """Look at ``value`` in the end."""
+        if value is not None:
+            self._values[value] = None
+
+    def remove_node(self, node: ir.Node) -> None:
+        """Remove a node that nothing reads any more, and look at what it read in the end."""
+        if node.graph is None:
+            return
+        for value in node.inputs:
+            self.add(value)
+        node.graph.remove(node, safe=True)
+
+    def sweep(self) -> None:
+        """Remove the constants, and Identity and Transpose nodes on them, that nothing reads."""
+        for value in self._values:
+            _drop_unused(value)
+        self._values.clear()
+
+
+def _drop_unused(value: ir.Value | None) -> None:
     while value is not None and not value.uses() and not value.is_graph_output():
         node = value.producer()
         if node is None:
@@ -459,13 +496,3 @@ def drop_unused(value: ir.Value | None) -> None:
         before = node.inputs[0] if node.inputs else None
         node.graph.remove(node, safe=True)
         value = before
-
-
-def remove_node(node: ir.Node) -> None:
-    """Remove a node that nothing reads any more, with the constants that only it read."""
-    if node.graph is None:
-        return
-    read = [value for value in node.inputs if value is not None]
-    node.graph.remove(node, safe=True)
-    for value in read:
-        drop_unused(value)

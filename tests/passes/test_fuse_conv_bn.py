@@ -131,6 +131,34 @@ def test_builders_keep_their_outputs(name: str) -> None:
     assert ops(model)["BatchNormalization"] == 0
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "merged"),
+    [
+        ("Conv(x, k, b)", "Conv(h, p, b)", True),  # 3x3 then 1x1
+        ("Conv(x, p)", "Conv<pads = [1, 1, 1, 1]>(h, k, b)", True),  # 1x1 then padded 3x3
+        ("Conv(x, p, b)", "Conv(h, k, b)", True),  # 1x1 with a bias then 3x3
+        ("Conv(x, p, b)", "Conv<pads = [1, 1, 1, 1]>(h, k, b)", False),  # the bias misses the border
+        ("Conv<strides = [2, 2]>(x, k)", "Conv<group = 6>(h, d, b)", True),  # a scale and shift
+        ("Conv<group = 6>(x, d)", "Conv<group = 2>(h, g)", True),
+        ("Conv(x, narrow)", "Conv(h, wide)", False),  # a low-rank pair is smaller than its product
+        ("Conv(x, k)", "Conv(h, k)", False),  # no 1x1
+    ],
+)
+def test_pointwise_beside_a_convolution(first: str, second: str, merged: bool) -> None:
+    weights = {
+        "k": f32(6, 6, 3, 3), "p": f32(6, 6, 1, 1), "b": f32(6), "d": f32(6, 1, 1, 1), "g": f32(6, 3, 3, 3),
+        "narrow": f32(2, 6, 1, 1), "wide": f32(6, 2, 1, 1),
+    }  # fmt: skip
+    body = f"h = {first}\nh2 = {second}\ny = Relu(h2)"
+    used = {name: array for name, array in weights.items() if re.search(rf"\b{name}\b", body)}
+    model = net(X4, body, **used)
+    fuse(model)
+    assert ops(model) == {"Conv": 1 if merged else 2, "Relu": 1}
+    model = net(X4, body, **used)
+    fuse(model, fold_pointwise=False)
+    assert ops(model) == {"Conv": 2, "Relu": 1}
+
+
 def test_names_are_deterministic() -> None:
     model = net(X4, "c = Conv(x, w)\n" + bn("c", "y"), w=f32(4, 6, 3, 3), **norm(4))
     model.graph[0].name = "stem"

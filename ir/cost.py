@@ -47,7 +47,7 @@ class ModelCost:
         dims: the sizes of dynamic dimensions that ``macs`` holds for.
         ops: how often each operator occurs.
         per_node: cost of each node, in order.
-        shapes: shapes that had to be inferred, by value name; hand it to the next count of the
+        shapes: shapes that had to be inferred, by value name (None: not found); hand it to the next count of the
             same model, since inference costs more than counting.
     """
 
@@ -59,7 +59,7 @@ class ModelCost:
     dims: dict[str, int]
     ops: dict[str, int]
     per_node: list[NodeCost]
-    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)
+    shapes: dict[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form of the totals."""
@@ -82,7 +82,7 @@ def model_cost(
     model: Model,
     dims: Mapping[str, int] | None = None,
     *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int, ...] | None] | None = None,
 ) -> ModelCost:
     """Count a model's costs.
 
@@ -145,11 +145,11 @@ class _Shapes:
     """Static shapes of values, inferred on a copy only when the model does not carry them."""
 
     def __init__(
-        self, model: Model, dims: Mapping[str, int], inferred: Mapping[str, tuple[int, ...]]
+        self, model: Model, dims: Mapping[str, int], inferred: Mapping[str, tuple[int, ...] | None]
     ) -> None:
         self._model = model
         self._done = False
-        self.inferred = dict(inferred)
+        self.inferred: dict[str, tuple[int, ...] | None] = dict(inferred)
         self.dims: dict[str, int] = {}
         for value in model.graph.inputs:
             for dim in value.shape or ():
@@ -169,7 +169,8 @@ class _Shapes:
         if name not in self.inferred and not self._done:
             self._done = True
             self.inferred.update(self._infer())
-        return self.inferred.get(name)
+        # A shape that inference does not find is not looked for again.
+        return self.inferred.setdefault(name, None)
 
     def _infer(self) -> dict[str, tuple[int, ...]]:
         from onnx_ir.passes.common import ShapeInferencePass

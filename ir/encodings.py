@@ -173,34 +173,36 @@ def effective_bits(encoding: Encoding) -> float:
 # -- codes in memory -----------------------------------------------------------------------------
 
 
-def pack(values: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+def pack(values: np.ndarray, dtype: ir.DataType, out: np.ndarray | None = None) -> np.ndarray:
     """Codes to the bytes ONNX stores: low bits first, the last byte filled with zeros.
 
     Args:
         values: int8 or uint8 array of any shape, within the range of ``dtype``.
         dtype: one of :data:`CODE_TYPES`.
+        out: uint8 ``[bytes]`` to write to, instead of a new array.
 
     Returns:
         uint8 ``[ceil(size * bits / 8)]``.
     """
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     bits = dtype.bitwidth
-    if bits == 8:
-        return flat
-    per_byte = 8 // bits
-    if flat.size % per_byte:
-        flat = np.concatenate([flat, np.zeros(-flat.size % per_byte, np.uint8)])
-    if bits == 4:
-        # Two codes as one 16-bit number: contiguous arithmetic is several times faster than strides.
-        pairs = flat.view("<u2") & 0x0F0F
-        pairs |= pairs >> 4
-        packed = pairs.astype(np.uint8)
-    else:
-        fours = flat.view("<u4") & 0x03030303
-        fours |= fours >> 6
-        fours |= fours >> 12
-        packed = fours.astype(np.uint8)
-    return packed
+    several: np.ndarray = flat
+    if bits < 8:
+        per_byte = 8 // bits
+        if flat.size % per_byte:
+            flat = np.concatenate([flat, np.zeros(-flat.size % per_byte, np.uint8)])
+        # Two (or four) codes as one number: contiguous arithmetic is several times faster than strides.
+        if bits == 4:
+            several = flat.view("<u2") & 0x0F0F
+            several |= several >> 4
+        else:
+            several = flat.view("<u4") & 0x03030303
+            several |= several >> 6
+            several |= several >> 12
+    if out is None:
+        return several.astype(np.uint8)
+    np.copyto(out, several, casting="unsafe")
+    return out
 
 
 def unpack(packed: np.ndarray, dtype: ir.DataType, count: int) -> np.ndarray:

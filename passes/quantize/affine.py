@@ -16,20 +16,16 @@ The symmetric scale comes by one of two rules:
               ``|w - weight| <= s/2``.
 
 ``"full"`` is the default because its error is lower at the same size. Signal-to-noise ratio of the
-weights in dB, groups of 128 along the inputs, all linear layers of a model pooled:
+weights in dB at 2, 3, 4 and 8 bits, groups of 128 along the inputs, all layers of a model pooled:
 
-=========================  ====================  ==================  ===============
-weights                    bits                  full / absmax       asymmetric
-=========================  ====================  ==================  ===============
-Gaussian                   2, 3, 4, 8            7.4 13.7 19.7 43.9  6.0 13.3 20.0 44.6
-                                                 2.3 11.3 18.6 43.8
-MiniLM-L6 (sentences)      2, 3, 4, 8            7.0 13.0 19.0 42.9  5.6 12.8 19.4 44.0
-                                                 2.2 10.6 17.9 42.9
-stories260k (Llama)        2, 3, 4, 8            7.9 14.3 20.5 44.6  6.6 14.0 20.6 45.3
-                                                 3.2 12.2 19.4 44.6
-MobileNet, 1x1 convs       2, 3, 4, 8            6.1 11.4 17.2 41.2  5.2 11.7 18.1 42.7
-                                                 2.2  9.2 16.1 41.1
-=========================  ====================  ==================  ===============
+=====================  =====================  =====================  =====================
+weights                full                   absmax                 asymmetric
+=====================  =====================  =====================  =====================
+Gaussian               7.4, 13.7, 19.7, 43.9  2.3, 11.3, 18.6, 43.8  6.0, 13.3, 20.0, 44.6
+MiniLM-L6, linear      7.0, 13.0, 19.0, 42.9  2.2, 10.6, 17.9, 42.9  5.6, 12.8, 19.4, 44.0
+stories260k, linear    7.9, 14.3, 20.5, 44.6  3.2, 12.2, 19.4, 44.6  6.6, 14.0, 20.6, 45.3
+MobileNet, 1x1 convs   6.1, 11.4, 17.2, 41.2  2.2,  9.2, 16.1, 41.1  5.2, 11.7, 18.1, 42.7
+=====================  =====================  =====================  =====================
 
 A zero point costs ``bits / group_size`` bits per weight, which is worth 0.2 dB at 4 bits: in linear
 layers symmetric and asymmetric are level at equal size, below 4 bits symmetric wins, and in
@@ -54,8 +50,8 @@ from effic.ir.encodings import dequantize, pack
 # low bits are the integer in two's complement.
 _ROUND = np.float32(12582912.0)
 
-# Weights worked on at a time: with the codes and the buffers, half of a 1 MiB second-level cache.
-_CHUNK = 1 << 16
+# Weights worked on at a time: with the codes and the buffers, about a 1 MiB second-level cache.
+_CHUNK = 1 << 17
 
 # Weights quantized to estimate the error of a large matrix: the estimate is good to about 0.1 dB.
 _SAMPLE = 1 << 15
@@ -138,15 +134,17 @@ def parameters(
         # Each half by itself: the whole range may be more than float32 can hold.
         scales = high / steps - low / steps
         reach = scales * steps
-    limit = np.finfo(dtype).max if dtype.kind == "f" else np.float32(3.38e38)
-    rounded = np.clip(scales, -limit, limit).astype(dtype)
-    stored = rounded.astype(np.float32)
-    short = reach > np.abs(stored) * (np.abs(steps) + np.float32(0.49))
-    if short.any():
-        # Only scales near the smallest numbers of the dtype round this far down.
-        away = np.nextafter(rounded, np.copysign(np.array(np.inf, dtype), rounded))
-        rounded = np.where(short & (stored != 0), away, rounded)
+    rounded = stored = scales
+    if dtype != np.float32:
+        limit = np.finfo(dtype).max if dtype.kind == "f" else np.float32(3.38e38)
+        rounded = np.clip(scales, -limit, limit).astype(dtype)
         stored = rounded.astype(np.float32)
+        short = reach > np.abs(stored) * (np.abs(steps) + np.float32(0.49))
+        if short.any():
+            # Only scales near the smallest numbers of the dtype round this far down.
+            away = np.nextafter(rounded, np.copysign(np.array(np.inf, dtype), rounded))
+            rounded = np.where(short & (stored != 0), away, rounded)
+            stored = rounded.astype(np.float32)
     dust = np.abs(stored) < _LEAST_SCALE
     if dust.any():
         rounded = np.where(dust, np.ones((), dtype), rounded)
@@ -335,7 +333,7 @@ class _Kernel:
                 codes += shift
             np.minimum(codes, top, out=codes)
         if self.packs_rows:
-            self.out[first:last] = pack(codes, self.storage).reshape(count, -1)
+            pack(codes, self.storage, self.out[first:last].reshape(-1))
 
     def finish(self) -> np.ndarray:
         """The packed codes."""

@@ -10,6 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from effic.ir.model import Model, constant_tensor, describe
+from effic.ir.shapes import static_shapes
+
+_MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits")
 
 # Inputs that describe an encoded weight (scales, zero points): bytes, but no parameters.
 _METADATA_INPUTS = {"DequantizeLinear": (1, 2), "QuantizeLinear": (1, 2), "MatMulNBits": (2, 3)}
@@ -43,7 +46,8 @@ class ModelCost:
         parameters: elements of all floating or quantized weights, each once.
         nodes: nodes in all graphs, Constant nodes left out.
         macs: multiply-adds of one run of the main graph.
-        macs_unknown: nodes that multiply but whose shapes are unknown; ``macs`` lacks them.
+        macs_unknown: nodes that multiply but whose shapes, or (in subgraphs and functions) number of
+            runs, are unknown; ``macs`` lacks them.
         dims: the sizes of dynamic dimensions that ``macs`` holds for.
         ops: how often each operator occurs.
         per_node: cost of each node, in order.
@@ -111,7 +115,9 @@ def model_cost(
                 nbytes += tensor.nbytes
                 if index not in _METADATA_INPUTS.get(node.op_type, ()) and _is_weight(tensor):
                     parameters += _elements(node, index, tensor)
-            count = _macs(node, known) if graph is model.graph else 0
+            # How often a subgraph or a function runs is not known: what multiplies there is unknown.
+            inner = None if node.op_type in _MULTIPLY else 0
+            count = _macs(node, known) if graph is model.graph else inner
             if count is None:
                 unknown += 1
             else:
@@ -173,31 +179,7 @@ class _Shapes:
         return self.inferred.setdefault(name, None)
 
     def _infer(self) -> dict[str, tuple[int, ...]]:
-        from onnx_ir.passes.common import ShapeInferencePass
-
-        copy = self._model.ir.clone()
-        for node in copy.graph:
-            for value in node.outputs:
-                if value.shape is not None and not value.shape.is_static():
-                    value.shape = None
-        for value in copy.graph.inputs:
-            if value.shape is not None:
-                value.shape = ir.Shape(
-                    d if isinstance(d, int) else self.dims.get(str(d.value), 1) for d in value.shape
-                )
-        for value in copy.graph.outputs:
-            value.shape = None
-        try:
-            ShapeInferencePass()(copy)
-        except (RuntimeError, ValueError, TypeError, KeyError):
-            # Costs are for orientation: a model that shape inference cannot read has unknown ones.
-            return {}
-        return {
-            str(v.name): tuple(int(d) for d in v.shape)  # type: ignore[arg-type]
-            for node in copy.graph
-            for v in node.outputs
-            if v.shape is not None and v.shape.is_static()
-        }
+        return static_shapes(self._model, self.dims)
 
 
 def _macs(node: ir.Node, shapes: _Shapes) -> int | None:

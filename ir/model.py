@@ -112,10 +112,11 @@ class Model:
     def unique_name(self, base: str) -> str:
         """``base``, or ``base_1``, ``base_2`` … : a value name no graph of the model uses yet."""
         taken = self._names()
-        name, number = base, 0
+        name = base
         while name in taken:
-            number += 1
-            name = f"{base}_{number}"
+            # Counted on per base: thousands of weights may derive their name from one.
+            self._suffixes[base] = self._suffixes.get(base, 0) + 1
+            name = f"{base}_{self._suffixes[base]}"
         taken.add(name)
         return name
 
@@ -124,6 +125,7 @@ class Model:
         # grow while a pass runs, so a stale entry costs a suffix, never a clash.
         if not hasattr(self, "_taken"):
             self._taken: set[str] = set()
+            self._suffixes: dict[str, int] = {}
             for graph in self.graphs():
                 self._taken.update(v.name for v in graph.inputs if v.name)
                 self._taken.update(graph.initializers)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import onnx_ir as ir
 
 from effic.ir.model import describe
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+# networkx is imported in the functions that use it: it takes a tenth of a second, and every
+# structural check imports this module.
 
 
 def digraph(graph: ir.Graph) -> nx.DiGraph:
@@ -19,6 +25,8 @@ def digraph(graph: ir.Graph) -> nx.DiGraph:
         A directed graph over ``onnx_ir.Node`` objects; an edge carries ``values``, the names of
         the values that flow along it.
     """
+    import networkx as nx
+
     result: nx.DiGraph = nx.DiGraph()
     for node in graph:
         result.add_node(node)
@@ -70,16 +78,22 @@ def order(graph: ir.Graph) -> list[ir.Node]:
     Raises:
         networkx.NetworkXUnfeasible: the graph has a cycle.
     """
+    import networkx as nx
+
     return list(nx.topological_sort(digraph(graph)))
 
 
 def immediate_dominators(graph: ir.Graph, start: ir.Node) -> dict[ir.Node, ir.Node]:
     """For each node reachable from ``start``, the last node every path to it runs through."""
+    import networkx as nx
+
     return dict(nx.immediate_dominators(digraph(graph), start))
 
 
 def region(graph: ir.Graph, start: ir.Node, end: ir.Node) -> set[ir.Node]:
     """The nodes that lie on some path from ``start`` to ``end``, both included."""
+    import networkx as nx
+
     view = digraph(graph)
     after, before = nx.descendants(view, start), nx.ancestors(view, end)
     return ({start} | set(after)) & ({end} | set(before))

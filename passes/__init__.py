@@ -65,6 +65,6 @@ def load_pass(name: str) -> type[Pass]:
 
 
 def near(word: str, known: list[str]) -> str:
-    """``", did you mean 'x'?"`` for the nearest known word, or nothing."""
+    """``" (did you mean 'x'?)"`` for the nearest known word, or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f", did you mean '{close[0]}'?" if close else ""
+    return f" (did you mean '{close[0]}'?)" if close else ""

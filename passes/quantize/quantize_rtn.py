@@ -58,6 +58,7 @@ class QuantizeRTN(Pass):
     min_size: int = option(1024, help="leave weights with fewer elements alone", ge=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size < -1 or self.group_size == 0:
             raise UsageError(f"quantize-rtn: group_size is {self.group_size}; use a positive number, or -1")
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from effic.ir.cost import model_cost, weight_bytes
 from effic.ir.model import Model
+from effic.models.builders import BUILDERS
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -19,7 +21,9 @@ g (float[N,3,8,8] x, float[N,T,6] z) => (float[N,4,4,4] y, float[N,T,5] u, float
 
 
 def make() -> Model:
-    model = Model(ir.from_onnx_text(TEXT.replace("float[N,T,6] z)", "float[N,T,6] z, float[4,3,3,3] w, float[6,5] m)")))
+    model = Model(
+        ir.from_onnx_text(TEXT.replace("float[N,T,6] z)", "float[N,T,6] z, float[4,3,3,3] w, float[6,5] m)"))
+    )
     graph = model.graph
     for name, shape in (("m", (6, 5)), ("w", (4, 3, 3, 3))):
         value = graph.inputs.pop()
@@ -51,3 +55,23 @@ def test_inference_leaves_the_model_alone() -> None:
     model = Model(ir.from_onnx_text(text.replace("float[N,4] x)", "float[N,4] x, float[4,4] a2)")))
     assert model_cost(model, {"N": 3}).macs == 3 * 16
     assert all(v.shape is None for n in list(model.graph)[:2] for v in n.outputs)
+
+
+@pytest.mark.parametrize("name", ["encoder", "llama", "cnn"])
+def test_shape_arithmetic_is_no_obstacle(name: str) -> None:
+    cost = model_cost(Model(BUILDERS[name]()))
+    assert cost.macs > 0
+    assert cost.macs_unknown == 0
+
+
+def test_what_runs_an_unknown_number_of_times_is_unknown() -> None:
+    assert model_cost(Model(BUILDERS["control_flow"]())).macs_unknown > 0
+    assert model_cost(Model(BUILDERS["functions"]())).macs_unknown > 0
+
+
+def test_a_second_count_reuses_inferred_shapes() -> None:
+    model = Model(BUILDERS["encoder"]())
+    first = model_cost(model)
+    again = model_cost(model, shapes=first.shapes)
+    assert again.macs == first.macs
+    assert again.shapes == first.shapes

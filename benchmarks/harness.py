@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,28 +50,42 @@ def machine(*packages: str) -> str:
     return f"{cpu}, {os.cpu_count()} cores; {python}; {'; '.join(found)}"
 
 
+# A process inherits its parent's largest resident set across fork and exec: a small parent in
+# between keeps the benchmark's own memory out of the figure.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+core, log, *command = sys.argv[1:]
+with open(log, "wb") as out:
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=out, stderr=out)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, {int(core)})
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - began
+process.returncode = os.waitstatus_to_exitcode(status)
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps([process.returncode, wall, cpu, usage.ru_maxrss * 1024]))
+"""
+
+
 def run(code_or_command: str | Sequence[str], core: int = 0) -> Run:
     """Run Python code or a command as a process of its own, pinned to one core.
 
     Raises:
         SystemExit: the process failed; its output is shown.
     """
-    command = (
-        [sys.executable, "-c", code_or_command] if isinstance(code_or_command, str) else list(code_or_command)
-    )
+    code = isinstance(code_or_command, str)
+    command = [sys.executable, "-c", code_or_command] if code else list(code_or_command)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as log:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, {core})
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(f"{command} failed:\n{log.read().decode(errors='replace')[-3000:]}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    with tempfile.NamedTemporaryFile() as log:
+        out = subprocess.run(
+            [sys.executable, "-S", "-c", _LAUNCHER, str(core), log.name, *command],
+            env=env, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        status, wall, cpu, peak = json.loads(out)
+        if status:
+            raise SystemExit(f"{command} failed:\n{Path(log.name).read_text(errors='replace')[-3000:]}")
+    return Run(wall, cpu, peak)
 
 
 def interleaved(commands: Mapping[str, str | Sequence[str]], repeats: int = 5) -> dict[str, Run]:

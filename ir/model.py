@@ -161,7 +161,7 @@ class Model:
             node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
             value = node.outputs[0]
             value.name = name
-            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(list(tensor.shape))  # type: ignore[arg-type]
             value.const_value = tensor
             if len(graph):
                 graph.insert_before(graph[0], node)
@@ -171,7 +171,7 @@ class Model:
         value = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(list(tensor.shape)),  # type: ignore[arg-type]
             const_value=tensor,
         )
         graph.register_initializer(value)
@@ -260,7 +260,9 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         if attr is None or attr.is_ref():
             continue
         if key == "value":
-            return attr.as_tensor()
+            # Not as_tensor(): its check of the tensor protocol costs more than all the rest here.
+            tensor: ir.TensorProtocol = attr.value
+            return tensor
         dtype = np.float32 if "float" in key else np.int64
         return ir.Tensor(np.asarray(attr.value, dtype=dtype), name=value.name)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,6 +50,8 @@ def static_shapes(model: Model, dims: Mapping[str, int]) -> dict[str, tuple[int,
     for value in copy.graph.outputs:
         value.shape = None
     known: dict[ir.Value, np.ndarray] = {}
+    # Arithmetic on the inputs' shapes first: it often is all there is, and inference is the slow part.
+    _evaluate(copy, known)
     for _ in range(_MAX_ROUNDS):
         try:
             ShapeInferencePass()(copy)
@@ -101,8 +104,8 @@ def _result(model: ir.Model, node: ir.Node, known: dict[ir.Value, np.ndarray]) -
         shape = np.array([int(d) for d in source.shape], np.int64)  # type: ignore[arg-type]
         if node.op_type == "Size":
             return np.array(np.prod(shape), np.int64)
-        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(shape))
-        return shape[start:end]
+        ends = {name: int(attr.as_int()) for name, attr in node.attributes.items()}
+        return shape[ends.get("start", 0) : ends.get("end", len(shape))]
     if node.op_type not in _ARITHMETIC or not node.inputs:
         return None
     inputs: list[np.ndarray] = []
@@ -131,7 +134,8 @@ def _result(model: ir.Model, node: ir.Node, known: dict[ir.Value, np.ndarray]) -
         opset_imports=[onnx.helper.make_opsetid("", model.opset_imports.get("", 0))],
     )
     try:
-        return np.asarray(ReferenceEvaluator(single).run(None, dict(zip(names, inputs, strict=True)))[0])
+        results: Any = ReferenceEvaluator(single).run(None, dict(zip(names, inputs, strict=True)))
+        return np.asarray(results[0])
     except (RuntimeError, ValueError, TypeError, IndexError):
         # An ill-formed shape computation: the runtime will say so when the model is run.
         return None

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -99,7 +100,7 @@ class Scratch:
         tensor = ir.PackedTensor(packed.reshape(-1), dtype, shape=ir.Shape(shape), name=name)
         return self._spill(tensor)
 
-    def _spill(self, tensor: ir.Tensor | ir.PackedTensor) -> ir.TensorProtocol:
+    def _spill(self, tensor: ir.Tensor[Any] | ir.PackedTensor[Any]) -> ir.TensorProtocol:
         if tensor.nbytes < SPILL_BYTES:
             return tensor
         location = f"{next(self._numbers)}.bin"

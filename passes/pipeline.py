@@ -248,11 +248,12 @@ def run_passes(
     if check != "off" and checker is None:
         raise UsageError(f"check={check!r} needs a checker")
     first = cost = model_cost(model)
+    mark = fingerprint(model)
     steps: list[Step] = []
     for number, item in enumerate(passes):
         if progress is not None:
             progress(item.name, number, len(passes))
-        step, cost = _run_one(model, item, cost, checker if check == "each" else None)
+        step, cost, mark = _run_one(model, item, cost, mark, checker if check == "each" else None)
         steps.append(step)
         if require_change and not step.changed:
             reason = next(
@@ -272,13 +273,15 @@ def run_passes(
     return PipelineResult(steps, first, cost, distance)
 
 
-def _run_one(model: Model, item: Pass, cost: ModelCost, checker: Checker | None) -> tuple[Step, ModelCost]:
+def _run_one(
+    model: Model, item: Pass, cost: ModelCost, mark: int, checker: Checker | None
+) -> tuple[Step, ModelCost, int]:
     step = Step(item.name, to_text(item), item.numerics)
     step.bytes_before, step.nodes_before = cost.weight_bytes, cost.nodes
     # For naming the node at fault, and for going back to the lower opset.
     raises = item.needs_opset > model.opset
     before = model.clone() if checker is not None or raises else None
-    shape, mark = signature(model), fingerprint(model)
+    shape = signature(model)
     remarks = Remarks()
     reset_peak_memory()
     began = time.perf_counter()
@@ -303,7 +306,8 @@ def _run_one(model: Model, item: Pass, cost: ModelCost, checker: Checker | None)
     if signature(model) != shape:
         changed = [b for a, b in zip(shape, signature(model), strict=False) if a != b]
         raise CheckFailedError(f"{item.name} changed the model's inputs or outputs: {changed}")
-    step.changed = fingerprint(model) != mark
+    after = fingerprint(model)
+    step.changed = after != mark
     if not step.changed:
         step.verdict = "unchanged"
     else:
@@ -318,7 +322,7 @@ def _run_one(model: Model, item: Pass, cost: ModelCost, checker: Checker | None)
                 step.text, version("effic"), step.passed, step.missed, step.bytes_before, step.bytes_after
             )
         )
-    return step, cost
+    return step, cost, after
 
 
 def fingerprint(model: Model) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effic.ir.errors import NotMeasuredError, UsageError
-from effic.ir.model import Model, constant_tensor
+from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -69,7 +69,9 @@ class Oracle:
         self._scratch = Scratch()
         path = os.path.join(self._scratch.folder, "oracle.onnx")
         model.save(path, external_threshold=64 << 20)
-        self._session = start_session(path, optimized=optimized)
+        # Operators of the runtime's own (MatMulNBits) compute another way without packed weights.
+        own = any(node.domain not in ONNX_DOMAINS for node in model.nodes(domain=None))
+        self._session = start_session(path, optimized=optimized, prepack=optimized or own)
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
 
@@ -83,13 +85,21 @@ class Oracle:
         return run_session(self._session, inputs)
 
 
-def start_session(path: str, *, optimized: bool = False, threads: int = 0) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU that logs nothing; ``threads=0`` means all cores."""
+def start_session(
+    path: str, *, optimized: bool = False, threads: int = 0, prepack: bool = True
+) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU that logs nothing; ``threads=0`` means all cores.
+
+    With ``prepack`` the runtime packs weights that are initializers, and rounds differently than
+    for the same weight behind an Identity.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -124,8 +134,30 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray])
         else:
             results = [_to_numpy(value) for value in session.run_with_ort_values(names, feeds)]
     except runtime_errors() as error:
+        _refuse_misfits(session, feeds)
         raise NotMeasuredError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
     return dict(zip(names, (np.asarray(r) for r in results), strict=True))
+
+
+def _refuse_misfits(session: ort.InferenceSession, feeds: Mapping[str, Any]) -> None:
+    """Blame the inputs, by name, where a run failed because of their types or shapes."""
+    for item in session.get_inputs():
+        value = feeds[item.name]
+        kind = "tensor(string)" if isinstance(value, np.ndarray) else value.data_type()
+        shape = list(value.shape if isinstance(value, np.ndarray) else value.shape())
+        fits = kind == item.type and (
+            item.shape is None
+            or len(item.shape) == len(shape)
+            and all(
+                not isinstance(want, int) or want == size
+                for want, size in zip(item.shape, shape, strict=True)
+            )
+        )
+        if not fits:
+            raise UsageError(
+                f"the input '{item.name}' is {kind} of shape {shape}, "
+                f"and the model takes {item.type} of shape {item.shape}; correct the inputs"
+            )
 
 
 def _to_numpy(value: Any) -> np.ndarray:
@@ -171,11 +203,14 @@ def load_inputs(path: str | os.PathLike[str]) -> Arrays:
     import zipfile
 
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise UsageError(f"{path} holds one array without a name; save the inputs as .npz by name")
+        data = np.load(path, allow_pickle=False)
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            raise UsageError(f"{path} holds one array without a name; save the inputs as .npz by name")
+        with data:
             return {name: data[name] for name in data.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise UsageError(f"cannot read the inputs from {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"cannot read the inputs from {path}: {first_line(error)}") from error
 
 
@@ -202,6 +237,8 @@ def seeded_inputs(
     Raises:
         NotMeasuredError: an input is no tensor, or its rank is unknown.
     """
+    if seed < 0:
+        raise UsageError(f"the seed is {seed}; it must be at least 0")
     rng = np.random.default_rng(seed)
     sizes = dict(dims or {})
     arrays: Arrays = {}

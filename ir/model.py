@@ -154,8 +154,9 @@ class Model:
             The value to feed to nodes, with type and shape set.
         """
         name = self.unique_name(name)
-        if isinstance(tensor, np.ndarray):
-            tensor = self.scratch.tensor(name, tensor, dtype)
+        if isinstance(tensor, (np.ndarray, np.generic)):
+            # Arithmetic on an array of rank 0 makes a NumPy scalar of it.
+            tensor = self.scratch.tensor(name, np.asarray(tensor), dtype)
         tensor.name = name
         if self.is_function_body(graph):
             node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
@@ -202,15 +203,14 @@ class Model:
         name = old.name
         if movable:
             # What the output declares to callers stays, even where more or less is known of ``new``.
-            new.type = old.type or new.type
-            new.shape = old.shape or new.shape
+            new.type, new.shape = old.type or new.type, old.shape
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             old.name = None
             new.name = name
             return
         identity = ir.Node("", "Identity", [new], num_outputs=1)
         out = identity.outputs[0]
-        out.type, out.shape = old.type or new.type, old.shape or new.shape
+        out.type, out.shape = old.type or new.type, old.shape
         graph.append(identity)
         for node, index in tuple(old.uses()):
             node.replace_input_with(index, new)

@@ -127,9 +127,9 @@ def put_named(
 ) -> ir.Value:
     """The output of a new standard node before another, named after ``name``."""
     node = put(before, op_type, inputs, dict(more))
-    node.name = name
     value = node.outputs[0]
-    value.name = model.unique_name(name)
+    # The runtime refuses two nodes of one name, which two decodings of one weight would have.
+    value.name = node.name = model.unique_name(name)
     return value
 
 

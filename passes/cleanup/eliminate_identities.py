@@ -80,10 +80,12 @@ def _bypass(node: ir.Node, same: ir.Value, model: Model, remarks: Remarks) -> No
         else:
             remarks.missed(node, f"kept: it gives the output '{output.name}' a name apart from '{same.name}'")
         return
-    if same.type is None:
-        same.type = output.type
-    if same.shape is None:
-        same.shape = output.shape
+    # What the model declares of its inputs and outputs stays as it was, even where nothing is declared.
+    if not (same.is_graph_input() or same.is_graph_output() or output.is_graph_output()):
+        if same.type is None:
+            same.type = output.type
+        if same.shape is None:
+            same.shape = output.shape
     name = same.name
     model.replace_value(output, same)
     prune([node])

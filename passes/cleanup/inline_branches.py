@@ -23,6 +23,7 @@ def inline_branches(model: Model, remarks: Remarks) -> int:
     count = 0
     names: Counter[str] | None = None
     for scope in scopes(model):
+        labels: set[str] | None = None
         for node in list(scope.graph):
             if node.op_type != "If" or not is_standard(node):
                 continue
@@ -34,7 +35,9 @@ def inline_branches(model: Model, remarks: Remarks) -> int:
                 continue
             if names is None:
                 names = _all_names(model)
-            _inline(node, taken, scope, model, names)
+            if labels is None:
+                labels = {each.name for each in scope.graph if each.name}
+            _inline(node, taken, scope, model, names, labels)
             remarks.passed(node, "its condition is constant: replaced by the branch it takes")
             count += 1
     return count
@@ -57,7 +60,9 @@ def _all_names(model: Model) -> Counter[str]:
     return names
 
 
-def _inline(node: ir.Node, branch: ir.Graph, scope: Scope, model: Model, names: Counter[str]) -> None:
+def _inline(
+    node: ir.Node, branch: ir.Graph, scope: Scope, model: Model, names: Counter[str], labels: set[str]
+) -> None:
     graph = scope.graph
     results = list(branch.outputs)
     branch.outputs.clear()
@@ -70,7 +75,11 @@ def _inline(node: ir.Node, branch: ir.Graph, scope: Scope, model: Model, names: 
     for inner in moved:
         for value in inner.outputs:
             _rename(value, model, names)
+        if inner.name in labels:
+            # ONNX Runtime refuses two nodes of one name in a graph; the graph makes up a free one.
+            inner.name = None
     graph.insert_before(node, moved)
+    labels.update(inner.name for inner in moved if inner.name)
     for output, result in zip(node.outputs, results, strict=True):
         if output.uses() or output.is_graph_output():
             model.replace_value(output, result)

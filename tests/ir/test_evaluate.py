@@ -86,6 +86,21 @@ def test_bfloat16_goes_in_and_out() -> None:
     assert rounding_tolerance(built) == 5e-2
 
 
+def test_a_weight_behind_an_identity_computes_alike() -> None:
+    # The runtime packs a weight that is an initializer for another kernel, which rounds differently.
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 64), (48, 64)))
+    outputs = []
+    for weight in ("w", "v"):
+        net = model(f"""
+            <ir_version: 8, opset_import: ["" : 18]> g (float[1,64] x, float[48,64] w) => (float[1,48] y) {{
+                v = Identity(w)  y = Gemm <transB = 1> (x, {weight}) }}""")
+        placeholder = net.graph.inputs.pop()
+        placeholder.replace_all_uses_with(net.add_initializer(net.graph, "weight", w))
+        outputs.append(Oracle(net).run({"x": x}))
+    assert compare_outputs(*outputs).exact
+
+
 def test_unknown_operator_is_not_measured() -> None:
     built = model("""
         <ir_version: 10, opset_import: ["" : 18, "my.own" : 1]>

@@ -34,6 +34,19 @@ def test_replacing_an_output_keeps_its_name() -> None:
     assert model.graph.outputs[0].producer().op_type == "Add"
 
 
+def test_an_output_without_a_shape_stays_so() -> None:
+    text = '<ir_version: 8, opset_import: ["" : 18]> g (float[4] x) => (float y) { a = Exp(x)  y = Identity(a) }'
+    model = Model(ir.from_onnx_text(text))
+    identity = next(model.nodes("Identity"))
+    source, output = identity.inputs[0], identity.outputs[0]
+    # The parser takes no type without a rank.
+    output.shape = None
+    source.type, source.shape = output.type, ir.Shape([4])
+    model.replace_value(output, source)
+    model.graph.remove(identity, safe=True)
+    assert model.graph.outputs[0].shape is None
+
+
 def test_an_input_cannot_become_an_output_without_an_identity() -> None:
     model = make()
     identity = list(model.nodes("Identity"))[1]
@@ -49,6 +62,12 @@ def test_names_are_unique() -> None:
     assert model.unique_name("a") == "a_1"
     assert model.unique_name("a") == "a_2"
     assert model.add_initializer(model.graph, "w", np.ones(1)).name == "w_1"
+
+
+def test_a_numpy_scalar_becomes_an_initializer() -> None:
+    model = make()
+    value = model.add_initializer(model.graph, "two", np.float32(2))
+    assert np.array_equal(constant_array(value), np.float32(2))
 
 
 def test_function_bodies_get_constant_nodes() -> None:

@@ -158,3 +158,11 @@ def test_goes_into_subgraphs_and_functions(make_net, check) -> None:
     )
     remarks = check(model, PASS)
     assert remarks.count("passed") == 2
+
+
+def test_beta_goes_into_a_scalar_bias(make_net, check) -> None:
+    model = make_net(
+        "(float[N,4] x) => (float[N,5] y)", "y = Gemm <beta = 0.5> (x, w, b)", w=f32(4, 5), b=np.float32(3)
+    )
+    check(model, PASS)
+    assert "beta" not in next(iter(model.nodes("Gemm"))).attributes

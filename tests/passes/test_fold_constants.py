@@ -220,6 +220,20 @@ def test_constant_conditions_inline_their_branch(make_net, check) -> None:
     assert [v.name for v in model.graph.outputs] == ["y"]
 
 
+def test_inlined_nodes_do_not_clash_by_name(make_net, check) -> None:
+    model = make_net(
+        "(float[4] x) => (float[4] y)",
+        """h = Exp(x)
+        y = If(yes) <then_branch = t () => (float[4] p) { p = Relu(h) },
+                     else_branch = e () => (float[4] q) { q = Neg(h) }>""",
+        yes=np.array(True),
+    )
+    inner = next(model.nodes("Relu"))
+    inner.name = next(model.nodes("Exp")).name = "same"
+    check(model, PASS)
+    assert len({node.name for node in model.nodes()}) == 2
+
+
 def test_inlined_names_do_not_clash(make_net, check) -> None:
     branch = "<then_branch = t () => (float[4] p) { a = Relu(x)  p = Exp(a) }, %s"
     branch %= "else_branch = e () => (float[4] q) { q = Neg(x) }>"

@@ -250,6 +250,9 @@ def _arguments(module: Any, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
         raise UsageError(f"capturing a {type(module).__name__} needs example inputs; give a tuple of tensors")
 
     def tensor(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            # torch.export takes one tensor given for two inputs for one input, in silence.
+            return leaf.detach().clone()
         return torch.from_numpy(np.array(leaf)) if isinstance(leaf, (np.ndarray, np.generic)) else leaf
 
     with _torch_in_silence():

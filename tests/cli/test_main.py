@@ -70,7 +70,7 @@ def test_the_program_runs_as_installed() -> None:
 def test_a_mistyped_command_is_answered_with_the_near_miss() -> None:
     result = invoke("optimise", "model.onnx")
     assert result.exit_code == 2
-    assert result.stderr.startswith("effic: error: there is no command 'optimise', did you mean 'optimize'?")
+    assert result.stderr.startswith("effic: error: there is no command 'optimise' (did you mean 'optimize'?)")
     assert result.stdout == ""
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
+import types
 from pathlib import Path
+
+import pytest
 
 from effic.passes.spec import parse_passes
 
@@ -42,7 +46,7 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch) -> None:
     assert blocks
     for block in blocks:
         if "torch" in block:
-            import pytest
-
             pytest.importorskip("torch")
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        module = types.ModuleType("readme")
+        monkeypatch.setitem(sys.modules, "readme", module)  # dataclasses look their module up
+        exec(compile(block, "README.md", "exec"), vars(module))

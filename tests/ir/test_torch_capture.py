@@ -17,6 +17,7 @@ import onnxruntime as ort
 import pytest
 
 from effic.ir.errors import CaptureError, InvalidModelError, MissingExtraError, UsageError
+from effic.ir.evaluate import Oracle
 from effic.ir.model import Model
 from effic.ir.torch_archive import _is_size
 from effic.ir.torch_capture import ALIASES_KEY, MODULE_KEY, capture, load_factory
@@ -656,3 +657,14 @@ def test_factories_that_do_not_work(nets: str, text: str, pattern: str) -> None:
     with pytest.raises(UsageError, match=pattern):
         load_factory(text.replace("NETS", nets))
     assert sys.path == before
+
+
+def test_one_example_tensor_for_two_inputs_stays_two_inputs() -> None:
+    class Weighted(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return 2 * a + b
+
+    same = torch.ones(2, 3)
+    model = capture(Weighted(), {"a": same, "b": same})
+    got = Oracle(model).run({"a": np.ones((2, 3), np.float32), "b": np.zeros((2, 3), np.float32)})
+    assert np.array_equal(got["output"], np.full((2, 3), 2, np.float32))

@@ -47,5 +47,7 @@ def get_backend(text: str) -> Backend:
     """
     from effic.passes.spec import build, parse_one
 
+    if not text.strip():
+        raise UsageError(f"the target is empty (targets: {', '.join(TARGETS)})")
     name, at, options = parse_one(text)
     return build(load_backend(name), name, options, text, at)

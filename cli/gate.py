@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--config", metavar="FILE", help="The file with the budgets.  [default: the nearest one, see below]"
+    "--config", metavar="FILE", help="The file with the budgets.  [default: the nearest one, see above]"
 )
 @click.option("--update", is_flag=True, help="Rewrite the baseline with what is measured now.")
 @click.option("--top", default=5, show_default=True, help="Movers to name for a broken budget.")

@@ -74,6 +74,10 @@ class LazyGroup(click.Group):
         try:
             code = super().main(args, prog_name or "effic", complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as error:
+            # Its message is the help page, which is no sentence about an error.
+            click.echo(error.format_message(), err=True)
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code, args, getattr(error, "ctx", None))
         except (click.Abort, KeyboardInterrupt):

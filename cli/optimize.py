@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -95,7 +96,8 @@ def optimize(
     if require_change:
         options["require_change"] = True
     _known(print_after, options["passes"])
-    _writable(report_file, "report")
+    _writable(report_file, "report", model, output)
+    _folder(dump_dir)
     with console.progress(quiet or as_json) as bar:
         task = None if bar is None else bar.add_task("reading", total=None)
 
@@ -115,7 +117,7 @@ def optimize(
             **options,
         )
     if report_file is not None:
-        Path(report_file).write_text(json.dumps(console.plain(report.to_dict()), indent=1), encoding="utf-8")
+        _write_whole(Path(report_file), json.dumps(console.plain(report.to_dict()), indent=1))
     if as_json:
         console.print_json(report.to_dict())
     elif not quiet:
@@ -143,12 +145,13 @@ def _known(print_after: tuple[str, ...], passes: list[Pass]) -> None:
     for name in print_after:
         if name not in names:
             raise UsageError(
-                f"--print-after {name}: no pass of this run is called so{near(name, names)} "
+                f"--print-after {name}: no pass of this run has that name{near(name, names)} "
                 f"(this run: {', '.join(dict.fromkeys(names)) or 'none'})"
             )
 
 
-def _writable(path: str | None, what: str) -> None:
+def _writable(path: str | None, what: str, *models: str | None) -> None:
+    """Refuse a path before the work is done, above all one that would replace a model."""
     from effic.ir.errors import UsageError
 
     if path is None:
@@ -157,6 +160,31 @@ def _writable(path: str | None, what: str) -> None:
         raise UsageError(f"the {what} {path} is a folder; name a file in it")
     if not Path(path).parent.is_dir():
         raise UsageError(f"the folder {Path(path).parent} for the {what} does not exist; make it first")
+    if not os.access(Path(path).parent, os.W_OK):
+        raise UsageError(f"the folder {Path(path).parent} for the {what} cannot be written; name another")
+    for model in models:
+        if model is not None and Path(path).resolve() in (
+            Path(model).resolve(),
+            Path(f"{model}.data").resolve(),
+        ):
+            raise UsageError(f"the {what} {path} would replace a model's file; name another file")
+
+
+def _folder(dump_dir: str | None) -> None:
+    from effic.ir.errors import UsageError
+
+    if dump_dir is not None and Path(dump_dir).exists() and not Path(dump_dir).is_dir():
+        raise UsageError(f"--dump-dir {dump_dir} is a file; name a folder")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write all of a file or nothing of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _after_pass(print_after: tuple[str, ...], dump_dir: str | None) -> Any:
@@ -190,9 +218,9 @@ def _print(report: Report, dry_run: bool, report_file: str | None) -> None:
     if report.output is not None:
         console.print_result(f"wrote {report.output}{_file_size(report)}")
     elif dry_run:
-        console.note("dry run: nothing was written")
+        console.note("dry run: the model was not written")
     else:
-        console.note("nothing was written; give -o out.onnx to keep the result")
+        console.note("the model was not written; give -o out.onnx to keep it")
 
 
 def _row(step: Step) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,18 @@ class Bounds:
     min_cosine: float | None = None
     min_top1: float | None = None
 
+    def __post_init__(self) -> None:
+        # A bound that nothing can break would pass everything in silence, and NaN is one.
+        for what, value, low, high in (
+            ("max_abs", self.max_abs, 0.0, math.inf),
+            ("rtol", self.rtol, 0.0, math.inf),
+            ("min_sqnr", self.min_sqnr, -math.inf, math.inf),
+            ("min_cosine", self.min_cosine, -1.0, 1.0),
+            ("min_top1", self.min_top1, 0.0, 1.0),
+        ):
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"the bound {what} is {value:g}; it must lie between {low:g} and {high:g}")
+
     def broken_by(self, name: str, distance: Distance) -> list[str]:
         """Each bound (and each thing no bound excuses) that an output breaks, as a phrase."""
         if distance.shape_mismatch:
@@ -48,23 +61,25 @@ class Bounds:
                 f"output '{name}' has {distance.new_nonfinite} entries that are NaN or Inf only there"
             )
         if self.max_abs is not None and distance.max_abs > self.max_abs:
-            found.append(f"output '{name}' differs by {distance.max_abs:.3g}, allowed is {self.max_abs:g}")
+            found.append(
+                f"output '{name}' differs by {distance.max_abs:.3g}, at most {self.max_abs:g} is allowed"
+            )
         if self.rtol is not None and distance.max_rel > self.rtol:
             found.append(
-                f"output '{name}' differs by {distance.max_rel:.3g} of its range, allowed is {self.rtol:g}"
+                f"output '{name}' differs by {distance.max_rel:.3g} of its range, at most {self.rtol:g} is allowed"
             )
         if self.min_sqnr is not None and distance.sqnr_db < self.min_sqnr:
             found.append(
-                f"output '{name}' has {distance.sqnr_db:.1f} dB SQNR, required are {self.min_sqnr:g}"
+                f"output '{name}' has {distance.sqnr_db:.1f} dB SQNR, at least {self.min_sqnr:g} dB are required"
             )
         if self.min_cosine is not None and distance.cosine < self.min_cosine:
             found.append(
-                f"output '{name}' has the cosine {distance.cosine:.6f}, required is {self.min_cosine:g}"
+                f"output '{name}' has the cosine {distance.cosine:.6f}, at least {self.min_cosine:g} is required"
             )
         if self.min_top1 is not None and distance.top1 is not None and distance.top1 < self.min_top1:
             found.append(
                 f"output '{name}' agrees in {distance.top1:.2%} of the top entries, "
-                f"required are {self.min_top1:.2%}"
+                f"at least {self.min_top1:.2%} is required"
             )
         if distance.wrong_integers and (self.max_abs is not None or self.rtol is not None):
             found.append(f"output '{name}' has {distance.wrong_integers} integer entries that differ")

@@ -35,7 +35,7 @@ _OTHER_FORMATS: tuple[tuple[int, bytes, str], ...] = (
     (
         0,
         b"PK\x03\x04",
-        "a zip archive (a .pt, .pt2 or .npz file?); capture torch models with effic.ir.torch_capture",
+        "a zip archive (a .pt, .pt2 or .npz file?); make ONNX of torch models with `effic capture`",
     ),
     (0, b"\x80\x02", "a Python pickle (an old .pt file?), which is never opened; export it to ONNX first"),
     (0, b"\x80\x04", "a Python pickle, which is never opened; export the model to ONNX first"),

@@ -239,3 +239,38 @@ def test_gate_in_a_process_of_its_own(project: Path) -> None:
     Path("effic.toml").write_text("[gate\n")
     codes.append(subprocess.run(command, capture_output=True).returncode)
     assert codes == [3, 0, 3, 1, 2]
+
+
+# -- inputs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 5), np.float32), np.zeros(4, np.float32), np.zeros((2, 4), np.int64)]
+)
+def test_inputs_that_do_not_fit_are_bad_input(folder: Path, array: np.ndarray) -> None:
+    exp("e.onnx")
+    np.savez("bad.npz", x=array)
+    for command in (["optimize"], ["bench"], ["compare", "e.onnx"]):
+        result = invoke(*command, "e.onnx", "--inputs", "bad.npz")
+        assert result.exit_code == 2, result.stderr
+        assert "the input 'x' is tensor(" in result.stderr
+
+
+def test_an_npy_file_is_no_set_of_inputs(folder: Path) -> None:
+    np.save("x.npy", np.zeros((2, 4), np.float32))
+    result = invoke("bench", exp("e.onnx"), "--inputs", "x.npy")
+    assert result.exit_code == 2
+    assert "holds one array without a name" in result.stderr
+
+
+@pytest.mark.parametrize("bound", [["--max-abs", "nan"], ["--rtol", "-1"], ["--min-top1", "95"]])
+def test_a_bound_that_makes_no_sense_is_refused(folder: Path, bound: list[str]) -> None:
+    result = invoke("compare", exp("a.onnx"), exp("b.onnx"), *bound)
+    assert result.exit_code == 2
+    assert "it must lie between" in result.stderr
+
+
+def test_no_arguments_print_the_help_page_and_no_error(folder: Path) -> None:
+    result = invoke()
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ")

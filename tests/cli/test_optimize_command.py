@@ -88,9 +88,9 @@ def test_missed_reasons_are_grouped(cnn: Path) -> None:
 def test_nothing_is_written_without_an_output(cnn: Path) -> None:
     result = invoke("cnn.onnx", "--passes", FUSE)
     assert result.exit_code == 0
-    assert "nothing was written; give -o" in result.stderr
+    assert "the model was not written; give -o" in result.stderr
     dry = invoke("cnn.onnx", "--passes", FUSE, "-o", "out.onnx", "--dry-run")
-    assert "dry run: nothing was written" in dry.stderr
+    assert "dry run: the model was not written" in dry.stderr
     assert files(cnn) == {"cnn.onnx"}
 
 
@@ -227,3 +227,28 @@ def test_the_whole_program(cnn: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stdout == ""
+
+
+@pytest.mark.parametrize("path", ["cnn.onnx", "./cnn.onnx", "out.onnx", "out.onnx.data"])
+def test_a_report_never_replaces_a_model(cnn: Path, path: str) -> None:
+    before = Path("cnn.onnx").read_bytes()
+    result = invoke("cnn.onnx", "-o", "out.onnx", "--report", path)
+    assert result.exit_code == 2
+    assert "would replace a model's file" in result.stderr
+    assert Path("cnn.onnx").read_bytes() == before
+    assert files(cnn) == {"cnn.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--seed", "-1"], "the seed is -1; it must be at least 0"),
+        (["--dump-dir", "cnn.onnx"], "--dump-dir cnn.onnx is a file; name a folder"),
+        (["--target", " "], "the target is empty (targets: "),
+        (["--print-after", "nope"], "no pass of this run has that name"),
+    ],
+)
+def test_bad_options_are_answered_before_any_work(cnn: Path, options: list[str], sentence: str) -> None:
+    result = invoke("cnn.onnx", *options)
+    assert result.exit_code == 2
+    assert sentence in result.stderr

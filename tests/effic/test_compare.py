@@ -48,7 +48,7 @@ def test_distances_and_bounds(a: Path, tmp_path: Path) -> None:
     bounds = Bounds(max_abs=0.1, rtol=1e-3, min_sqnr=60, min_cosine=0.99999)
     broken = compare(a, b, bounds=bounds).broken
     assert len(broken) == 4
-    assert broken[0].startswith("output 'y' differs by 0.5, allowed is 0.1")
+    assert broken[0].startswith("output 'y' differs by 0.5, at most 0.1 is allowed")
     assert compare(a, b, bounds=Bounds(max_abs=0.6)).broken == []
     flipped = linear(tmp_path / "c.onnx", "n = Neg(x) y = Exp(n)")
     assert any("top entries" in text for text in compare(a, flipped, bounds=Bounds(min_top1=0.9)).broken)

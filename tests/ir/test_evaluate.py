@@ -115,8 +115,10 @@ def test_inputs_that_do_not_fit() -> None:
         g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }""")
     with pytest.raises(UsageError, match="lack 'x'"):
         Oracle(built).run({"z": np.zeros((1, 3), np.float32)})
-    with pytest.raises(NotMeasuredError, match="cannot run"):
+    with pytest.raises(UsageError, match=r"'x' is tensor\(float\) of shape \[1, 4\]"):
         Oracle(built).run({"x": np.zeros((1, 4), np.float32)})
+    with pytest.raises(UsageError, match="the seed is -1"):
+        seeded_inputs(built, -1)
 
 
 def test_distance() -> None:

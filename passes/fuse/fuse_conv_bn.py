@@ -13,7 +13,7 @@ from effic.passes.fuse.affine import LARGE_SCALE, AffineMap
 from effic.passes.fuse.layers import CONVOLUTIONS, LINEARS, Folded, Layer, MatMulLayer, read_layer, rewrite
 from effic.passes.fuse.lone_norm import merge_norms
 from effic.passes.fuse.pointwise import merge_pointwise
-from effic.passes.fuse.reading import NORM, Orphans, Refused, is_pass_through, read_map
+from effic.passes.fuse.reading import NORM, Orphans, Refused, is_pass_through, read_map, refuse_broadcast
 from effic.passes.fuse.steps import Step, is_norm, steps_after, steps_before
 
 
@@ -162,6 +162,7 @@ class _Folding:
         maps: list[AffineMap] = []
         for step in reversed(steps):
             try:
+                refuse_broadcast(step.node, step.value, layers[0].inputs)
                 found = read_map(step.node, step.value, layers[0].inputs, self.model)
             except Refused as refusal:
                 self.note(step.node, str(refusal))

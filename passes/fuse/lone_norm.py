@@ -16,6 +16,7 @@ from effic.passes.fuse.reading import (
     rank_of,
     read_map,
     read_norm,
+    refuse_broadcast,
 )
 from effic.passes.fuse.steps import Step, steps_after, steps_before
 
@@ -69,6 +70,7 @@ def _row(norm: ir.Node, found: AffineMap, rank: int | None, model: Model) -> tup
     row, total = [before[-1]] if before else [], found
     for step in reversed(before[:-1]):
         try:
+            refuse_broadcast(step.node, step.value, layout)
             total = read_map(step.node, step.value, layout, model).then(total)
         except Refused:
             break

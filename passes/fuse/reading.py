@@ -323,6 +323,51 @@ def _read_arithmetic(node: ir.Node, value: ir.Value, layout: Layout) -> AffineMa
     return found
 
 
+def refuse_broadcast(node: ir.Node, value: ir.Value, layout: Layout) -> None:
+    """Refuse arithmetic that may give ``value`` the channels of its constant, one of it having none.
+
+    Only what comes before a layer needs this: the output of a layer has its channels.
+    """
+    if node.op_type == NORM or node.op_type == "Neg":
+        return
+    shape = read_weight(other_operand(node, value), "constant").shape
+    if all(size == 1 for size in shape) and len(shape) <= layout.from_right:
+        return
+    if layout.rank is None or _channels_of(value, layout) != layout.channels:
+        raise Refused("its constant may broadcast its input, whose channels are not known to be as many")
+
+
+def _channels_of(value: ir.Value | None, layout: Layout) -> int | None:
+    """Size of the channel axis of a value with the layout's rank: from its shape, or from what made it."""
+    for _ in range(MAX_STEPS_BACK):
+        if value is None:
+            return None
+        if value.shape is not None:
+            dim = value.shape[1] if len(value.shape) == layout.rank and not layout.last else None
+            return dim if isinstance(dim, int) else None
+        node = value.producer()
+        if node is None or node.domain not in ONNX_DOMAINS or not node.inputs or layout.last:
+            return None
+        if node.op_type in ("Conv", NORM):
+            tensor = constant_tensor(node.inputs[1])
+            if tensor is None or rank_of(value) != layout.rank:
+                return None
+            return int(tensor.shape[0])  # type: ignore[arg-type]
+        if node.op_type in ARITHMETIC:
+            left, right = node.inputs
+            constant, value = (right, left) if constant_tensor(left) is None else (left, right)
+            tensor = constant_tensor(constant)
+            if tensor is None:
+                return None
+            if len(tensor.shape) == layout.rank and tensor.shape[1] == layout.channels:
+                return layout.channels
+        elif node.op_type in RANK_KEEPERS:
+            value = node.inputs[0]
+        else:
+            return None
+    return None
+
+
 def per_channel(ref: WeightRef, layout: Layout) -> np.ndarray:
     """A constant as one float64 value per channel.
 

@@ -178,3 +178,22 @@ def test_progress_is_told(cnn: Path) -> None:
         "running the original", "fuse-conv-bn", "lowering for ort-cpu", "running the result",
     ]  # fmt: skip
     assert all(number < total == 3 for _, number, total in seen)
+
+
+def test_a_model_that_came_in_quantized_is_not_blamed_for_the_kernels_of_the_runtime() -> None:
+    # The runtime runs DequantizeLinear + MatMul with 8-bit activations, before and after any pass.
+    model = Model(
+        ir.from_onnx_text("""
+        <ir_version: 8, opset_import: ["" : 14]> g (float[4,64] x) => (float[4,16] y) {
+            d = DequantizeLinear <axis = 1> (q, s)  h = Identity(x)  y = MatMul(h, d) }""")
+    )
+    rng = np.random.default_rng(0)
+    dequantize = next(model.nodes("DequantizeLinear"))
+    codes = rng.integers(-127, 128, (64, 16)).astype(np.int8)
+    scales = np.full(16, 0.01, np.float32)
+    for index, array in enumerate((codes, scales)):
+        dequantize.replace_input_with(index, model.add_initializer(model.graph, f"c{index}", array))
+    report = effic.optimize(model, "eliminate-identities", target="portable")
+    assert report.distance is not None
+    assert report.steps[0].verdict == "exact"
+    assert report.distance.sqnr_db > 30

@@ -35,7 +35,9 @@ def test_replacing_an_output_keeps_its_name() -> None:
 
 
 def test_an_output_without_a_shape_stays_so() -> None:
-    text = '<ir_version: 8, opset_import: ["" : 18]> g (float[4] x) => (float y) { a = Exp(x)  y = Identity(a) }'
+    text = (
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[4] x) => (float y) { a = Exp(x)  y = Identity(a) }'
+    )
     model = Model(ir.from_onnx_text(text))
     identity = next(model.nodes("Identity"))
     source, output = identity.inputs[0], identity.outputs[0]

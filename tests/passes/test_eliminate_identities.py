@@ -224,7 +224,9 @@ def test_names_of_output_sizes_are_not_trusted(make_net, check) -> None:
 
 
 def test_an_output_gets_no_shape_from_an_identity_it_feeds(make_net, check) -> None:
-    model = make_net("(float[2,3] x) => (float[] a, float[2,3] y)", "a = Exp(x)  y = Expand(a, s)", s=i64(2, 3))
+    model = make_net(
+        "(float[2,3] x) => (float[] a, float[2,3] y)", "a = Exp(x)  y = Expand(a, s)", s=i64(2, 3)
+    )
     model.graph.outputs[0].shape = None
     check(model, PASS)
     assert model.graph.outputs[0].shape is None

@@ -648,3 +648,15 @@ def test_time_is_linear_in_the_length_of_a_chain() -> None:
     model = net(X4, body + "y = Relu(v2000)", w=f32(4, 6, 3, 3), s=np.float32(1.0001))
     fuse(model, tolerance=1e-3)
     assert ops(model) == {"Conv": 1, "Relu": 1}
+
+
+def test_a_constant_that_makes_channels_is_not_folded_forward(make_net, check) -> None:
+    # One channel times [4, 1, 1] is four channels: the layer cannot read the one.
+    model = make_net(
+        "(float[N,1,5,5] x) => (float[N,2,5,5] y)",
+        "a = Mul(x, c)  y = Conv(a, w)",
+        c=np.arange(1, 5, dtype=np.float32).reshape(4, 1, 1),
+        w=np.ones((2, 4, 1, 1), np.float32),
+    )
+    check(model, FuseConvBN())
+    assert len(list(model.nodes("Mul"))) == 1

@@ -173,3 +173,20 @@ def test_check_needs_a_checker() -> None:
 def test_judge_integers() -> None:
     assert judge(Distance(wrong_integers=1), Numerics.ROUNDING, 1e-4).startswith("broken")
     assert judge(Distance(), Numerics.EXACT, 0.0) == "exact"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float"])
+def test_exact_passes_may_round_where_the_runtime_rounds_by_neighbours(dtype: str) -> None:
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 18]> g ({dtype}[8,64] x, {dtype}[64,16] w) => ({dtype}[8,16] y)
+    {{ y = MatMul(x, w) }}"""
+    model = Model(ir.from_onnx_text(text))
+    checker = Checker(model)
+    scale = {"float16": 1.001, "float": 1.00001}[dtype]
+    moved = {name: (array * scale).astype(array.dtype) for name, array in checker.outputs.items()}
+    checker.outputs = moved
+    if dtype == "float16":
+        assert checker.check(model, Numerics.EXACT, "some-pass", None)[1].startswith("rounding")
+    else:
+        with pytest.raises(CheckFailedError, match="some-pass"):
+            checker.check(model, Numerics.EXACT, "some-pass", None)

@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from effic.ir.errors import UsageError
-from effic.ir.evaluate import Distance, Oracle, distances, load_inputs, runnable_inputs, start_session
+from effic.ir.errors import NotMeasuredError, UsageError
+from effic.ir.evaluate import (
+    Distance,
+    Oracle,
+    comparable,
+    distances,
+    load_inputs,
+    runnable_inputs,
+    start_session,
+)
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 
@@ -176,6 +184,11 @@ def compare(
             results.append((mine, other) if first == 0 else (other, mine))
     reference = {name: _stack([left[name] for left, _ in results]) for name in pairs}
     got = {name: _stack([right[other] for _, right in results]) for name, other in pairs.items()}
+    if not comparable(reference):
+        raise NotMeasuredError(
+            f"the outputs of {a} are empty or all NaN on these inputs, so there is nothing to compare; "
+            "give others with --inputs"
+        )
     comparison.outputs = dict(distances(reference, got))
     for name, distance in comparison.outputs.items():
         comparison.broken += (bounds or Bounds()).broken_by(name, distance)

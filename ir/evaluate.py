@@ -377,6 +377,19 @@ class Distance:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
+def comparable(outputs: Mapping[str, np.ndarray]) -> bool:
+    """Whether there is anything to compare: some output has an entry that is neither NaN nor Inf."""
+    return any(
+        array.size > 0
+        and (not _is_floating(array.dtype) or bool(np.isfinite(array.astype(np.float32, copy=False)).any()))
+        for array in outputs.values()
+    )
+
+
+def _is_floating(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
 def compare_outputs(reference: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray]) -> Distance:
     """The worst distance over all outputs, which are paired by name."""
     worst = Distance()
@@ -411,8 +424,7 @@ def _distance(want: np.ndarray, have: np.ndarray) -> Distance:
         return Distance(shape_mismatch=f"has the shape {have.shape} instead of {want.shape}")
     if want.dtype != have.dtype:
         return Distance(shape_mismatch=f"has the type {have.dtype} instead of {want.dtype}")
-    floating = want.dtype.kind == "f" or want.dtype == ml_dtypes.bfloat16
-    if not floating:
+    if not _is_floating(want.dtype):
         return Distance(wrong_integers=int(np.count_nonzero(want != have)))
     if want.size == 0:
         return Distance()

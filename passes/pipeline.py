@@ -16,6 +16,7 @@ from effic.ir.errors import CheckFailedError, NotMeasuredError, UsageError
 from effic.ir.evaluate import (
     Distance,
     Oracle,
+    comparable,
     compare_outputs,
     computes_in_half,
     distances,
@@ -98,7 +99,8 @@ class Checker:
         seed: of the seeded inputs.
 
     Raises:
-        NotMeasuredError: the model cannot be run, does not fit into memory, or is random.
+        NotMeasuredError: the model cannot be run, does not fit into memory, is random, or has no
+            outputs to compare on these inputs.
     """
 
     def __init__(self, model: Model, inputs: Mapping[str, np.ndarray] | None = None, seed: int = 0) -> None:
@@ -114,6 +116,11 @@ class Checker:
         else:
             self.inputs = dict(inputs)
             self.original = oracle.run(self.inputs)
+        if not comparable(self.original):
+            raise NotMeasuredError(
+                "the model's outputs are empty or all NaN on these inputs, so there is nothing to compare; "
+                "give others with --inputs data.npz, or --check off to go on without"
+            )
         again = oracle.run(self.inputs)
         if not compare_outputs(self.original, again).exact:
             raise NotMeasuredError(

@@ -190,3 +190,9 @@ def test_exact_passes_may_round_where_the_runtime_rounds_by_neighbours(dtype: st
     else:
         with pytest.raises(CheckFailedError, match="some-pass"):
             checker.check(model, Numerics.EXACT, "some-pass", None)
+
+
+@pytest.mark.parametrize("rows", [np.zeros((0, 4)), np.full((2, 4), np.nan)])
+def test_nothing_to_compare_is_no_pass(rows: np.ndarray) -> None:
+    with pytest.raises(NotMeasuredError, match="nothing to compare"):
+        Checker(make(), {"x": rows.astype(np.float32)})

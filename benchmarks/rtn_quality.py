@@ -7,6 +7,7 @@ stories260k (group 32) through files at accuracy level 0, so that only the weigh
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks.real_models import runner
 
 def main() -> None:
     """Print the tables."""
+    logging.disable(logging.INFO)  # the peer reports every node
     print(machine("effic", "onnx", "onnx-ir", "onnxruntime", "numpy"))
     with tempfile.TemporaryDirectory() as name:
         _weights(Path(name))

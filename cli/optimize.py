@@ -90,6 +90,11 @@ def optimize(
     """
     from effic.optimize import optimize as run
 
+    if output is None and (force or external_data is not None):
+        from effic.ir.errors import UsageError
+
+        flag = "--force" if force else "--external-data" if external_data else "--single-file"
+        raise UsageError(f"{flag} does nothing without an output; give -o out.onnx")
     options = _choose(passes, preset, recipe)
     given = {"target": target, "check": check, "seed": seed}
     options.update({name: value for name, value in given.items() if value is not None})

@@ -149,7 +149,7 @@ def optimize(
     began = time.perf_counter()
     sequence = _sequence(passes)
     backend = get_backend(target)
-    if output is not None and not dry_run:
+    if output is not None:
         _refuse_early(output, force)
     arrays = load_inputs(inputs) if isinstance(inputs, (str, os.PathLike)) else inputs
     options = {"dynamic_shapes": dynamic_shapes} if dynamic_shapes is not None else {}

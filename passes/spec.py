@@ -124,6 +124,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if data.get("check", "each") not in ("each", "final", "off"):
         raise UsageError(f"the recipe {path}: check is {data['check']!r}, allowed are each, final, off")
     rows = data.pop("pass", [])
+    if not rows:
+        raise UsageError(f"the recipe {path} has no pass; add a [[pass]] with a name")
     passes = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):

@@ -252,3 +252,10 @@ def test_bad_options_are_answered_before_any_work(cnn: Path, options: list[str],
     result = invoke("cnn.onnx", *options)
     assert result.exit_code == 2
     assert sentence in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--force", "--external-data", "--single-file"])
+def test_flags_about_the_output_need_one(cnn: Path, flag: str) -> None:
+    result = CliRunner().invoke(main, ["optimize", "cnn.onnx", flag])
+    assert result.exit_code == 2
+    assert f"{flag} does nothing without an output" in result.stderr

@@ -96,6 +96,8 @@ def test_dry_run_writes_nothing(cnn: Path, tmp_path: Path) -> None:
     report = effic.optimize(cnn, "fuse-conv-bn", output=tmp_path / "out.onnx", dry_run=True)
     assert report.output is None
     assert report.steps[0].passed
+    with pytest.raises(UsageError, match="--force"):  # as the real run would
+        effic.optimize(cnn, "fuse-conv-bn", output=cnn, dry_run=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
 
 

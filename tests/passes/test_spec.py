@@ -115,6 +115,7 @@ def test_recipe(tmp_path) -> None:
         ("[[pass]]\nname = 'quantize-rtn'\nbits = 5", "allowed are"),
         ("check = 'never'", "allowed are each, final, off"),
         ("pass = 3", "expected list"),
+        ("target = 'portable'", "has no pass"),
         ("= 3", "cannot read the recipe"),
     ],
 )

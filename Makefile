@@ -12,8 +12,10 @@ DEV = .venv/bin
 
 demo: .venv-core/installed
 	@mkdir -p out
-	$(CORE)/effic optimize models/digits.onnx --preset int8 --output out/digits.onnx --force
-	@$(CORE)/python -m effic.models.accuracy models/digits.onnx out/digits.onnx
+	@echo "effic optimize models/digits.onnx --preset int8 --output out/digits.onnx"
+	@$(CORE)/effic optimize models/digits.onnx --preset int8 --output out/digits.onnx --force
+	@# -P: the checkout's own folder effic/ would hide the installed package
+	@$(CORE)/python -P -m effic.models.accuracy models/digits.onnx out/digits.onnx
 
 test: .venv/installed
 	$(DEV)/python -m pytest -n 2 --dist loadfile

@@ -5,7 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("quantize_large", "cleanup_transformer", "scaling", "rtn_quality", "accuracy_level", "decode", "real_models")
+NAMES = (
+    "quantize_large",
+    "cleanup_transformer",
+    "scaling",
+    "rtn_quality",
+    "accuracy_level",
+    "decode",
+    "real_models",
+)
 
 
 def main(names: list[str]) -> None:

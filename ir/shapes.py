@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from effic.ir.model import Model, constant_tensor
+from effic.ir.model import Model
 
 # Shape arithmetic works on a few integers; a longer result is data, of which only the shape counts.
 _MAX_ELEMENTS = 1024
@@ -22,6 +23,7 @@ _ARITHMETIC = {
     "Neg", "Not", "Or", "Range", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Slice",
     "Split", "Sqrt", "Squeeze", "Sub", "Tile", "Unsqueeze", "Where",
 }  # fmt: skip
+_ARITHMETIC_TYPES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT)
 
 
 def static_shapes(model: Model, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -35,107 +37,128 @@ def static_shapes(model: Model, dims: Mapping[str, int]) -> dict[str, tuple[int,
         model: it is not changed.
         dims: sizes of dynamic input dimensions by name; each other one counts as 1.
     """
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    copy = model.ir.clone()
-    for node in copy.graph:
-        for value in node.outputs:
-            if value.shape is not None and not value.shape.is_static():
-                value.shape = None
-    for value in copy.graph.inputs:
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                d if isinstance(d, int) else dims.get(str(d.value), 1) for d in value.shape
-            )
-    for value in copy.graph.outputs:
-        value.shape = None
-    known: dict[ir.Value, np.ndarray] = {}
+    proto = _skeleton(model, dims)
+    shapes = _static(proto.graph.input)
+    known = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     # Arithmetic on the inputs' shapes first: it often is all there is, and inference is the slow part.
-    _evaluate(copy, known)
+    _evaluate(proto, shapes, known)
     for _ in range(_MAX_ROUNDS):
         try:
-            ShapeInferencePass()(copy)
-        except (RuntimeError, ValueError, TypeError, KeyError):
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
             # A model that shape inference cannot read has the shapes that it declares.
             break
-        if not _evaluate(copy, known):
+        shapes.update(_static(inferred.graph.value_info))
+        shapes.update(_static(inferred.graph.output))
+        if not _evaluate(proto, shapes, known):
             break
-    return {
-        str(value.name): tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
-        for node in copy.graph
-        for value in node.outputs
-        if value.shape is not None and value.shape.is_static()
-    }
+    return shapes
 
 
-def _evaluate(model: ir.Model, known: dict[ir.Value, np.ndarray]) -> bool:
-    """Evaluate shape arithmetic in place; whether something new became constant."""
-    found = False
-    for node in list(model.graph):
-        if (
-            node.domain
-            or len(node.outputs) != 1
-            or node.outputs[0] in known
-            or node.outputs[0].is_graph_output()
-        ):
+def _skeleton(model: Model, dims: Mapping[str, int]) -> onnx.ModelProto:
+    """The main graph with sizes for dynamic dimensions, and shapes instead of weights."""
+    proto = onnx.ModelProto(ir_version=model.ir.ir_version)
+    for domain, version in model.ir.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    proto.functions.extend(ir.to_proto(function) for function in model.ir.functions.values())
+    graph = proto.graph
+    graph.name = model.graph.name or "graph"
+    for value in model.graph.inputs:
+        graph.input.append(ir.to_proto(value))
+        for axis, dim in enumerate(value.shape or ()):
+            size = dim if isinstance(dim, int) else dims.get(str(dim.value), 1)
+            graph.input[-1].type.tensor_type.shape.dim[axis].dim_value = size
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or value.is_graph_input():
             continue
-        result = _result(model, node, known)
-        if result is None or result.size > _MAX_ELEMENTS:
-            continue
-        output = node.outputs[0]
-        known[output] = result
-        constant = ir.val(
-            f"{output.name}.static", const_value=ir.tensor(result, name=f"{output.name}.static")
-        )
-        constant.type, constant.shape = ir.TensorType(constant.const_value.dtype), ir.Shape(result.shape)  # type: ignore[union-attr]
-        model.graph.register_initializer(constant)
-        known[constant] = result
-        output.replace_all_uses_with(constant)
-        found = True
+        if tensor.size <= _MAX_ELEMENTS and tensor.dtype in _ARITHMETIC_TYPES:
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(tensor.numpy()), name))
+        else:
+            sizes = [int(d) for d in tensor.shape]  # type: ignore[arg-type]
+            graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), sizes))
+    for node in model.graph:
+        graph.node.append(ir.to_proto(node))
+        for value in node.outputs:
+            if value.name and value.type is not None and value.shape is not None and value.shape.is_static():
+                graph.value_info.append(ir.to_proto(value))
+    for value in model.graph.outputs:
+        graph.output.append(onnx.ValueInfoProto(name=value.name))
+    return proto
+
+
+def _static(infos: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int, ...]]:
+    """The shapes among them that are known and static."""
+    found = {}
+    for info in infos:
+        kind = info.type.tensor_type
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
+            found[info.name] = tuple(dim.dim_value for dim in kind.shape.dim)
     return found
 
 
-def _result(model: ir.Model, node: ir.Node, known: dict[ir.Value, np.ndarray]) -> np.ndarray | None:
+def _evaluate(
+    proto: onnx.ModelProto, shapes: dict[str, tuple[int, ...]], known: dict[str, np.ndarray]
+) -> bool:
+    """Turn shape arithmetic into initializers, in place; whether there was any."""
+    outputs = {value.name for value in proto.graph.output}
+    left, found = [], False
+    for node in proto.graph.node:
+        constant = len(node.output) == 1 and not node.domain and node.output[0] not in outputs
+        result = _result(node, shapes, known, proto.opset_import) if constant else None
+        if result is None or result.size > _MAX_ELEMENTS:
+            left.append(node)
+            continue
+        name = node.output[0]
+        known[name], shapes[name] = result, result.shape
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(result, name))
+        found = True
+    if found:
+        kept = onnx.GraphProto(node=left)
+        del proto.graph.node[:]
+        proto.graph.node.extend(kept.node)
+    return found
+
+
+def _result(
+    node: onnx.NodeProto,
+    shapes: Mapping[str, tuple[int, ...]],
+    known: Mapping[str, np.ndarray],
+    opsets: Iterable[onnx.OperatorSetIdProto],
+) -> np.ndarray | None:
     """What a node of shape arithmetic computes, or None when it is none or not all is known."""
     if node.op_type in ("Shape", "Size"):
-        source = node.inputs[0]
-        if source is None or source.shape is None or not source.shape.is_static():
+        sizes = shapes.get(node.input[0])
+        if sizes is None:
             return None
-        shape = np.array([int(d) for d in source.shape], np.int64)  # type: ignore[arg-type]
         if node.op_type == "Size":
-            return np.array(np.prod(shape), np.int64)
-        ends = {name: int(attr.as_int()) for name, attr in node.attributes.items()}
-        return shape[ends.get("start", 0) : ends.get("end", len(shape))]
-    if node.op_type not in _ARITHMETIC or not node.inputs:
-        return None
-    inputs: list[np.ndarray] = []
-    for value in node.inputs:
-        if value is None:
+            return np.array(math.prod(sizes), np.int64)
+        ends = {attribute.name: attribute.i for attribute in node.attribute}
+        return np.array(sizes[ends.get("start", 0) : ends.get("end", len(sizes))], np.int64)
+    if node.op_type == "Constant":
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if value is None or value.data_location == onnx.TensorProto.EXTERNAL:
             return None
-        array = known.get(value)
-        if array is None:
-            tensor = constant_tensor(value)
-            if tensor is None or tensor.size > _MAX_ELEMENTS:
-                return None
-            array = tensor.numpy()
-        inputs.append(array)
+        if math.prod(value.dims) > _MAX_ELEMENTS or value.data_type not in _ARITHMETIC_TYPES:
+            return None
+        return onnx.numpy_helper.to_array(value)
+    if node.op_type not in _ARITHMETIC or not node.input or any(name not in known for name in node.input):
+        return None
     from onnx.reference import ReferenceEvaluator
 
-    names = [f"i{i}" for i in range(len(inputs))]
-    attributes = [ir.to_proto(a) for a in node.attributes.values()]
-    proto = onnx.NodeProto(op_type=node.op_type, input=names, output=["o"], attribute=attributes)
+    names = dict.fromkeys(node.input)
     single = onnx.helper.make_model(
         onnx.helper.make_graph(
-            [proto],
+            [node],
             "one",
-            [onnx.helper.make_value_info(n, onnx.TypeProto()) for n in names],
-            [onnx.helper.make_value_info("o", onnx.TypeProto())],
+            [onnx.helper.make_value_info(name, onnx.TypeProto()) for name in names],
+            [onnx.helper.make_value_info(node.output[0], onnx.TypeProto())],
         ),
-        opset_imports=[onnx.helper.make_opsetid("", model.opset_imports.get("", 0))],
+        opset_imports=list(opsets),
     )
     try:
-        results: Any = ReferenceEvaluator(single).run(None, dict(zip(names, inputs, strict=True)))
-        return np.asarray(results[0])
+        results: Any = ReferenceEvaluator(single).run(None, {name: known[name] for name in names})
     except (RuntimeError, ValueError, TypeError, IndexError):
         # An ill-formed shape computation: the runtime will say so when the model is run.
         return None
+    return np.asarray(results[0])

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import effic.passes as passes_table
 from effic.ir.errors import CheckFailedError, NotMeasuredError, UsageError
 from effic.ir.evaluate import Distance
 from effic.ir.model import Model
+from effic.ir.onnx_format import raise_opset
 from effic.passes.base import Numerics, Pass, Remarks
 from effic.passes.pipeline import Checker, judge, run_passes
+from effic.passes.quantize.quantize_rtn import QuantizeRTN
+from effic.passes.spec import parse_passes
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -196,3 +203,36 @@ def test_exact_passes_may_round_where_the_runtime_rounds_by_neighbours(dtype: st
 def test_nothing_to_compare_is_no_pass(rows: np.ndarray) -> None:
     with pytest.raises(NotMeasuredError, match="nothing to compare"):
         Checker(make(), {"x": rows.astype(np.float32)})
+
+
+def test_a_model_that_cannot_be_raised_is_a_missed_with_the_reason() -> None:
+    # An operator of the standard domain that no release of onnx knows has no newer form.
+    inner = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 13]>
+        g (float[N,64] x) => (float[N,64] y) { h = MatMul(x, w)  y = NoSuchOperator(h) }""")
+    model = Model(inner)
+    matmul = model.graph[0]
+    matmul.replace_input_with(1, model.add_initializer(model.graph, "w", np.ones((64, 64), np.float32)))
+    assert "NoSuchOperator" in str(raise_opset(model, 21))
+    assert model.opset == 13
+
+
+def test_opset_is_raised_only_for_a_pass_that_makes_use_of_it() -> None:
+    text = TEXT.replace('"" : 18', '"" : 17')
+    model = Model(ir.from_onnx_text(text))
+    step = run_passes(model, [QuantizeRTN()], check="off").steps[0]
+    assert not step.changed  # the weight is too small to be worth it
+    assert model.opset == 17
+    step = run_passes(model, [QuantizeRTN(bits=8, group_size=-1, min_size=0)], check="off").steps[0]
+    assert model.opset == (21 if step.changed else 17)
+
+
+def test_third_parties_passes_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("nothing", f"{__name__}:Nothing", "effic.passes")
+    broken = EntryPoint("absent", "no.such.module:Pass", "effic.passes")
+    monkeypatch.setattr(passes_table, "entry_points", lambda group: [entry, broken])
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or types.ModuleType(__name__))
+    monkeypatch.setattr(sys.modules[__name__], "Nothing", Nothing, raising=False)
+    assert "nothing" in passes_table.pass_names()
+    assert parse_passes("nothing") == [Nothing()]
+    with pytest.raises(UsageError, match="does not load"):
+        parse_passes("absent")

@@ -56,7 +56,8 @@ def test_errors_are_sentences(adder: Path, tmp_path: Path) -> None:
         (InvalidModelError, lambda: OrtArtifact.load(unknown)),
         (InvalidModelError, lambda: OrtArtifact.load(adder, config={"": "1"})),
         (UsageError, lambda: artifact.run({"x": x})),
-        (NotMeasuredError, lambda: artifact.run({"x": x, "y": np.ones((3, 5), np.float32)})),
+        (UsageError, lambda: artifact.run({"x": x, "y": np.ones((3, 5), np.float32)})),
+        (NotMeasuredError, lambda: artifact.run({"x": x, "y": np.ones((3, 4), np.float32)})),
         (UsageError, lambda: artifact.time({"x": x, "y": x}, repeats=0)),
         (UsageError, lambda: bench(adder, repeats=0)),
     ]

@@ -13,6 +13,7 @@ from effic.ir import encodings
 from effic.ir.encodings import Encoding, Outliers, build, code_tensor, code_type, decode, recognise
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import Model
+from effic.ir.onnx_format import read_onnx
 
 
 def empty_model(opset: int = 21) -> Model:
@@ -41,8 +42,8 @@ def run(model: Model, level: str = "ORT_DISABLE_ALL") -> np.ndarray:
 def through_file(model: Model) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
-        ir.save(model.ir, path, external_data="model.data", size_threshold_bytes=16)
-        loaded = ir.load(path)
+        model.save(path, external=True)
+        loaded = read_onnx(path).ir
         ir.external_data.load_to_model(loaded)
         return Model(loaded)
 

@@ -9,12 +9,15 @@ import fnmatch
 import inspect
 import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import onnx_ir as ir
 
 from effic.ir.errors import UsageError
 from effic.ir.model import Model, describe
+
+if TYPE_CHECKING:
+    from effic.passes.calibration import Calibration
 
 
 class Numerics(enum.Enum):
@@ -112,6 +115,41 @@ class Pass(abc.ABC):
     def summary(cls) -> str:
         """First line of the docstring."""
         return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class CalibratedPass(Pass):
+    """A pass that needs to see data: the runner hands it the calibration samples of the run."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether these options need calibration data at all."""
+        return True
+
+    def apply(self, model: Model, remarks: Remarks) -> None:
+        self.apply_with(model, None, remarks)
+
+    def apply_with(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
+        """Rewrite ``model`` in place, leaving remarks.
+
+        Args:
+            model: the model.
+            calibration: the samples, or None; never None for :meth:`calibrate`.
+            remarks: gets a line per place looked at.
+
+        Raises:
+            UsageError: the pass needs data and there is none.
+        """
+        if calibration is None and self.needs_data:
+            raise UsageError(
+                f"{self.name} needs calibration data; give some with --calib DATA "
+                "(arrays as .npz, .npy, .safetensors or a folder of them), or made-up data with --calib random"
+            )
+        self.calibrate(model, calibration, remarks)
+
+    @abc.abstractmethod
+    def calibrate(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
+        """Rewrite ``model`` in place; ``calibration`` is None only where :attr:`needs_data` is false."""
 
 
 def options_of(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:

@@ -1,0 +1,1 @@
+"""Calibration: the samples a pass may look at, and what it may ask about the model's values on them."""

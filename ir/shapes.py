@@ -136,6 +136,9 @@ def _result(
         ends = {attribute.name: attribute.i for attribute in node.attribute}
         return np.array(sizes[ends.get("start", 0) : ends.get("end", len(sizes))], np.int64)
     if node.op_type == "Constant":
+        numbers = next((a for a in node.attribute if a.name in ("value_int", "value_ints")), None)
+        if numbers is not None:
+            return np.array(numbers.i if numbers.name == "value_int" else list(numbers.ints), np.int64)
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if value is None or value.data_location == onnx.TensorProto.EXTERNAL:
             return None

@@ -6,27 +6,24 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from effic.backends.ort.block_store import BlockStore
 from effic.backends.ort.blocks import INT8_ACTIVATIONS, Layout
+from effic.backends.ort.linear import add_rest, kernel_bias, read_linear, why_not_linear
 from effic.backends.ort.lower_gather import lower_gather
 from effic.backends.ort.scenes import (
     MICROSOFT,
     EncodedInput,
     copy_note,
     encoded_input,
-    graph_of,
     import_domain,
     put,
-    put_named,
     remove_unread,
-    statically_quantized,
     take_over,
 )
 from effic.ir.encodings import Encoding
-from effic.ir.model import Model, constant_array
+from effic.ir.model import Model
 from effic.passes.base import Numerics, Pass, Remarks, option
 
 
@@ -80,10 +77,10 @@ def _lower_matmul(
     store: BlockStore, node: ir.Node, index: int, weight: EncodedInput, remarks: Remarks
 ) -> None:
     model = store.model
-    if reason := _why_not(node, index):
+    if reason := why_not_linear(node, index):
         remarks.missed(node, reason)
         return
-    linear = _read_linear(node)
+    linear = read_linear(node)
     # The node computes x @ W with W = [K, N]; each exchange of W's axes moves K.
     k_axis = int(weight.transposed) ^ int(linear.transposed)
     blocks = store.blocks(weight, k_axis, linear.alpha)
@@ -91,7 +88,7 @@ def _lower_matmul(
         remarks.missed(node, f"no fast kernel holds its compressed weight '{weight.name}': {blocks}")
         return
     layout, source = blocks.layout, weight.dequantize
-    bias, rest = _bias(model, node, linear, layout.outputs, weight.encoding)
+    bias, rest = kernel_bias(model, node, linear, layout.outputs, weight.encoding)
     attributes = {
         "K": layout.inputs,
         "N": layout.outputs,
@@ -105,86 +102,12 @@ def _lower_matmul(
     import_domain(model, new)
     result = new.outputs[0]
     if rest is not None:
-        result = _add_rest(model, node, result, rest, linear.beta)
+        result = add_rest(model, node, result, rest, linear.beta)
     read = node.inputs[index]
     chain = [read.producer()] if read is not None else []
     take_over(model, node, result)
     remove_unread([step for step in chain if step is not None])
     remarks.passed(new, _outcome(weight.encoding, layout, store.level), **dataclasses.asdict(layout))
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A MatMul or Gemm in one form: ``y = alpha * (x @ W) + beta * c``."""
-
-    transposed: bool = False
-    alpha: float = 1.0
-    beta: float = 1.0
-
-
-def _read_linear(node: ir.Node) -> _Linear:
-    if node.op_type == "MatMul":
-        return _Linear()
-    return _Linear(
-        bool(node.attributes.get_int("transB", 0)),
-        node.attributes.get_float("alpha", 1.0),
-        node.attributes.get_float("beta", 1.0),
-    )
-
-
-def _why_not(node: ir.Node, index: int) -> str | None:
-    if statically_quantized(node):
-        return "its activations are quantized as well: left for the runtime to fuse into an integer kernel"
-    if index == 0:
-        return "the compressed weight is the left operand, the kernel takes it on the right"
-    if any(attribute.is_ref() for attribute in node.attributes.values()):
-        return "its attributes come from the caller of a function"
-    if node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0)):
-        return "it transposes its activations (transA=1); run canonicalize-linear first"
-    return None
-
-
-def _bias(
-    model: Model, node: ir.Node, linear: _Linear, outputs: int, encoding: Encoding
-) -> tuple[ir.Value | None, ir.Value | None]:
-    """Gemm's third input as the kernel's bias, or as something to add afterwards."""
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    if value is None or linear.beta == 0:
-        return None, None
-    array = constant_array(value) if value.shape is not None and _elements(value) <= outputs else None
-    if array is None or array.dtype != encoding.scales.dtype or array.size not in (1, outputs):
-        return None, value
-    if array.ndim and array.shape[-1] != array.size:
-        # One number per row, [M, 1].
-        return None, value
-    if linear.beta == 1 and array.shape == (outputs,):
-        return value, None
-    array = np.ascontiguousarray(np.broadcast_to(array.reshape(-1), (outputs,))) * array.dtype.type(
-        linear.beta
-    )
-    return model.add_initializer(_home(value, node), f"{value.name}.bias", array), None
-
-
-def _add_rest(model: Model, node: ir.Node, product: ir.Value, rest: ir.Value, beta: float) -> ir.Value:
-    name = node.name or str(node.outputs[0].name)
-    old = node.outputs[0]
-    product.name = model.unique_name(f"{name}.product")
-    product.type, product.shape = old.type, old.shape
-    if beta != 1 and old.dtype is not None:
-        scale = model.add_initializer(_home(rest, node), f"{name}.beta", np.array(beta, old.dtype.numpy()))
-        rest = put_named(model, f"{name}.scaled", node, "Mul", [rest, scale])
-    return put(node, "Add", [product, rest]).outputs[0]
-
-
-def _home(value: ir.Value, node: ir.Node) -> ir.Graph:
-    """Where a constant that is made of ``value`` for ``node`` belongs."""
-    return value.graph if value.is_initializer() and isinstance(value.graph, ir.Graph) else graph_of(node)
-
-
-def _elements(value: ir.Value) -> int:
-    return (
-        int(np.prod([d if isinstance(d, int) else 1 for d in value.shape])) if value.shape is not None else 0
-    )
 
 
 def _outcome(encoding: Encoding, layout: Layout, level: int) -> str:

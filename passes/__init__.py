@@ -29,6 +29,7 @@ PASSES: dict[str, str] = {
     "fuse-conv-bn": "effic.passes.fuse.fuse_conv_bn:FuseConvBN",
     "reparameterize-branches": "effic.passes.fuse.reparameterize_branches:ReparameterizeBranches",
     # quantize: fewer bits
+    "equalize-layers": "effic.passes.quantize.equalize_layers:EqualizeLayers",
     "quantize-rtn": "effic.passes.quantize.quantize_rtn:QuantizeRTN",
 }
 

@@ -14,6 +14,7 @@ the factor 1; the others of the same producer need not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -215,6 +216,17 @@ class ScaleFlow:
                 return found
             reason = reason or (found.reasons[0] if found.reasons else None)
         return reason or _no_producer(value)
+
+    def made_by(self, site: WeightSite) -> Scaling | str:
+        """The scaling whose producer the layer of ``site`` is, or why there is none, as a phrase."""
+        if len(site.uses) != 1:
+            return f"its weight is read by {len(site.uses)} nodes"
+        found = self._of(site.uses[0].node)
+        if found is None:
+            return "its weight is no matrix of constants"
+        if found.consumers and found.free.any():
+            return found
+        return found.reasons[0] if found.reasons else "nobody reads its output"
 
     def _upstream(self, value: ir.Value) -> list[ir.Node]:
         """The nodes that may be the producer of ``value``, nearest first."""
@@ -448,6 +460,29 @@ def _no_producer(value: ir.Value) -> str:
 def _flag(node: ir.Node, name: str) -> bool:
     attr = node.attributes.get(name)
     return attr is not None and not attr.is_ref() and bool(attr.as_int())
+
+
+def channel_ranges(site: WeightSite) -> np.ndarray:
+    """Largest magnitude between each output and input channel, over the taps of a kernel.
+
+    Returns:
+        Float32 ``[G, C_out/G, C_in/G]``, G the convolution groups.
+    """
+    with site.matrix() as matrix:
+        sizes = np.abs(matrix.astype(np.float32))
+    kind, groups = site.uses[0].node.op_type, site.groups
+    if kind == "Conv":
+        return np.asarray(sizes.reshape(groups, site.shape[0] // groups, site.shape[1], -1).max(axis=3))
+    if kind == "ConvTranspose":
+        by_group = sizes.reshape(groups, site.shape[0] // groups, site.shape[1], -1).max(axis=3)
+        return np.asarray(by_group.transpose(0, 2, 1))
+    return np.asarray((sizes if site.in_axis == 1 else sizes.T)[None])
+
+
+def per_input_channel(site: WeightSite, statistic: np.ndarray) -> np.ndarray:
+    """A statistic per weight column, ``[G·K]``, as ``[C_in, taps]``: the taps of a kernel see one channel."""
+    taps = math.prod(site.shape[2:]) if site.uses[0].node.op_type == "Conv" else 1
+    return statistic.reshape(-1, taps)
 
 
 # -- rewriting ------------------------------------------------------------------------------------

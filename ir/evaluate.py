@@ -28,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 
 # Sizes tried for dynamic dimensions, first axis and others: two rows catch a pass that mixes up
 # batch items; a model that was exported with a hidden batch of one gets one.
-_TRIED_DIMS = ((2, 8), (1, 8), (1, 16), (1, 32), (1, 1), (1, 64), (1, 224), (4, 4))
+TRIED_DIMS = ((2, 8), (1, 8), (1, 16), (1, 32), (1, 1), (1, 64), (1, 224), (4, 4))
 
 _FLOATS = {
     ir.DataType.FLOAT: np.dtype(np.float32),
@@ -321,7 +321,7 @@ def runnable_inputs(model: Model, oracle: Runner, seed: int = 0) -> tuple[Arrays
     """
     reason: NotMeasuredError | None = None
     last: list[tuple[tuple[int, ...], ...]] = []
-    for first, other in _TRIED_DIMS:
+    for first, other in TRIED_DIMS:
         inputs = seeded_inputs(model, seed, first=first, other=other)
         shapes = tuple(a.shape for a in inputs.values())
         if shapes in last:

@@ -38,7 +38,10 @@ class Origin:
 
 @dataclasses.dataclass
 class PassRecord:
-    """One pass that was applied: its text form, effic's version, and what changed."""
+    """One pass that was applied: its text form, effic's version, what changed, and on what data.
+
+    ``data`` is the sha256 of the calibration data for a pass that used some.
+    """
 
     text: str
     version: str
@@ -46,6 +49,7 @@ class PassRecord:
     missed: int
     bytes_before: int
     bytes_after: int
+    data: str | None = None
 
 
 class Model:

@@ -126,6 +126,23 @@ class CalibratedPass(Pass):
         """Whether these options need calibration data at all."""
         return True
 
+    @property
+    def uses_data(self) -> bool:
+        """Whether these options make use of calibration data where there are some."""
+        return self.needs_data
+
+    def require_data(self, data: object | None) -> None:
+        """Refuse to run without data.
+
+        Raises:
+            UsageError: the pass needs data and ``data`` is None.
+        """
+        if data is None and self.needs_data:
+            raise UsageError(
+                f"{self.name} needs calibration data; give some with --calib DATA "
+                "(arrays as .npz, .npy, .safetensors or a folder of them), or made-up data with --calib random"
+            )
+
     def apply(self, model: Model, remarks: Remarks) -> None:
         self.apply_with(model, None, remarks)
 
@@ -140,11 +157,7 @@ class CalibratedPass(Pass):
         Raises:
             UsageError: the pass needs data and there is none.
         """
-        if calibration is None and self.needs_data:
-            raise UsageError(
-                f"{self.name} needs calibration data; give some with --calib DATA "
-                "(arrays as .npz, .npy, .safetensors or a folder of them), or made-up data with --calib random"
-            )
+        self.require_data(calibration)
         self.calibrate(model, calibration, remarks)
 
     @abc.abstractmethod

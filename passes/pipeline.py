@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -26,9 +26,13 @@ from effic.ir.evaluate import (
 from effic.ir.memory import available_memory, peak_memory, reset_peak_memory
 from effic.ir.model import Model, PassRecord, describe
 from effic.ir.verify import signature, verify
-from effic.passes.base import Numerics, Pass, Remark, Remarks
+from effic.passes.base import CalibratedPass, Numerics, Pass, Remark, Remarks
 from effic.passes.spec import to_text
 
+if TYPE_CHECKING:
+    from effic.passes.calibration import Calibration
+
+Progress = Callable[[str, int, int], None]
 Check = Literal["each", "final", "off"]
 
 # A run holds the weights, the runtime's own copies of some, and the activations.
@@ -53,6 +57,8 @@ class Step:
         distance: the outputs' distance from those before the pass, or None when not run.
         seconds: time of the pass itself, without checks.
         peak_memory: largest resident set of the process during the pass, in bytes.
+        data: sha256 of the calibration data it used, or None.
+        calibration: what each look at the data was expected to take, in words.
     """
 
     name: str
@@ -70,6 +76,8 @@ class Step:
     distance: Distance | None = None
     seconds: float = 0.0
     peak_memory: int = 0
+    data: str | None = None
+    calibration: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def passed(self) -> int:
@@ -235,9 +243,10 @@ def run_passes(
     *,
     check: Check = "each",
     checker: Checker | None = None,
+    calibration: Calibration | None = None,
     require_change: bool = False,
     after_pass: Callable[[Model, Pass, int], None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PipelineResult:
     """Apply passes in order, in place; each is verified, checked, measured and recorded.
 
@@ -247,6 +256,7 @@ def run_passes(
         check: ``each`` runs the model after every pass that changed it, ``final`` once at the end,
             ``off`` never. The structure is verified after each pass in any case.
         checker: what runs the model; needed unless ``check`` is ``off``.
+        calibration: samples for the passes that need to see data.
         require_change: a pass that changes nothing is an error.
         after_pass: called with the model, the pass and its number (from 0) after each pass.
         progress: called with the pass's name, its number and how many there are.
@@ -254,16 +264,23 @@ def run_passes(
     Raises:
         CheckFailedError: a pass broke the model, or changed nothing although it had to.
         NotMeasuredError: a check could not be carried out.
+        UsageError: a pass needs calibration data and there are none; nothing was done.
     """
     if check != "off" and checker is None:
         raise UsageError(f"check={check!r} needs a checker")
+    for item in passes:
+        if isinstance(item, CalibratedPass):
+            item.require_data(calibration)
     first = cost = model_cost(model)
     mark = fingerprint(model)
     steps: list[Step] = []
     for number, item in enumerate(passes):
         if progress is not None:
             progress(item.name, number, len(passes))
-        step, cost, mark = _run_one(model, item, cost, mark, checker if check == "each" else None)
+        if calibration is not None:
+            calibration.progress = _inside(progress, item.name, number, len(passes))
+        judged = checker if check == "each" else None
+        step, cost, mark = _run_one(model, item, cost, mark, judged, calibration)
         steps.append(step)
         if require_change and not step.changed:
             reason = next(
@@ -283,8 +300,22 @@ def run_passes(
     return PipelineResult(steps, first, cost, distance)
 
 
+def _inside(progress: Progress | None, name: str, number: int, total: int) -> Progress | None:
+    """Progress of the calibration as progress of the pass it is for."""
+    if progress is None:
+        return None
+    return lambda text, at, of: progress(
+        f"{name}: {text}" + (f", {100 * at // of} %" if at and of else ""), number, total
+    )
+
+
 def _run_one(
-    model: Model, item: Pass, cost: ModelCost, mark: int, checker: Checker | None
+    model: Model,
+    item: Pass,
+    cost: ModelCost,
+    mark: int,
+    checker: Checker | None,
+    calibration: Calibration | None,
 ) -> tuple[Step, ModelCost, int]:
     step = Step(item.name, to_text(item), item.numerics)
     step.bytes_before, step.nodes_before = cost.weight_bytes, cost.nodes
@@ -302,7 +333,10 @@ def _run_one(
         reason = raise_opset(model, item.needs_opset)
         model.forget_names()
     if reason is None:
-        item.apply(model, remarks)
+        if isinstance(item, CalibratedPass):
+            _apply_with(model, item, calibration, remarks, step)
+        else:
+            item.apply(model, remarks)
         if raises and before is not None and not remarks.count("passed"):
             # The opset is raised only for a pass that makes use of it.
             model.ir = before.ir.clone()
@@ -329,10 +363,27 @@ def _run_one(
     if step.changed:
         model.record.append(
             PassRecord(
-                step.text, version("effic"), step.passed, step.missed, step.bytes_before, step.bytes_after
+                step.text,
+                version("effic"),
+                step.passed,
+                step.missed,
+                step.bytes_before,
+                step.bytes_after,
+                step.data,
             )
         )
     return step, cost, after
+
+
+def _apply_with(
+    model: Model, item: CalibratedPass, calibration: Calibration | None, remarks: Remarks, step: Step
+) -> None:
+    if calibration is not None:
+        calibration.plans.clear()
+    item.apply_with(model, calibration, remarks)
+    if calibration is not None and item.uses_data:
+        step.data = calibration.digest
+        step.calibration = [str(plan) for plan in calibration.plans]
 
 
 def fingerprint(model: Model) -> int:

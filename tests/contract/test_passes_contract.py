@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,10 +13,18 @@ from effic.ir.model import Model
 from effic.ir.verify import problems
 from effic.models.builders import BUILDERS
 from effic.passes import PASSES, load_pass
-from effic.passes.base import Numerics, Pass, options_of
+from effic.passes.base import CalibratedPass, Numerics, Pass, options_of
+from effic.passes.calibration import Calibration
 from effic.passes.pipeline import Checker, run_passes
 from effic.passes.presets import PRESETS
 from effic.passes.spec import parse_passes, to_text
+
+
+def made_up(model: Model, passes: Sequence[Pass]) -> Calibration | None:
+    """Random samples, where a pass asks to see data."""
+    if not any(isinstance(item, CalibratedPass) for item in passes):
+        return None
+    return Calibration.load("random", model, samples=4)
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -46,9 +55,10 @@ def test_pass_is_a_documented_frozen_value(name: str) -> None:
 def test_pass_is_verified_checked_and_idempotent(name: str, built: str) -> None:
     model = Model(BUILDERS[built]())
     item: Pass = load_pass(name)()
-    run_passes(model, [item], checker=Checker(model))
+    data = made_up(model, [item])
+    run_passes(model, [item], checker=Checker(model), calibration=data)
     assert not list(problems(model))
-    second = run_passes(model, [item], check="off").steps[0]
+    second = run_passes(model, [item], check="off", calibration=data).steps[0]
     assert not second.changed, [r for r in second.remarks if r.kind == "passed"][:3]
 
 
@@ -62,4 +72,5 @@ def test_presets_parse_and_give_reasons(name: str) -> None:
 @pytest.mark.parametrize("built", sorted(BUILDERS))
 def test_presets_keep_every_seeded_model_right(name: str, built: str) -> None:
     model = Model(BUILDERS[built]())
-    run_passes(model, parse_passes(PRESETS[name].text), checker=Checker(model))
+    passes = parse_passes(PRESETS[name].text)
+    run_passes(model, passes, checker=Checker(model), calibration=made_up(model, passes))

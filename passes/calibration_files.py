@@ -1,0 +1,134 @@
+"""Arrays from ``.npy``, ``.npz`` and ``.safetensors`` files, mapped into memory and not loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zipfile
+import zlib
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+from effic.ir.errors import UsageError
+from effic.ir.evaluate import first_line
+
+SUFFIXES = (".npz", ".npy", ".safetensors")
+
+MOST_UNPACKED = 4 << 30
+"""A compressed array has to be held in memory; a larger one is refused."""
+
+_HEADER_BYTES = 100 << 20
+_SAFETENSORS = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+
+
+def read_arrays(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a file by name; the one of an ``.npy`` file is called ``""``.
+
+    They are mapped where the file allows it (everything but compressed ``.npz``), so that only what
+    is used is read. Nothing in the file is executed: no pickles.
+
+    Raises:
+        UsageError: no such file, of another kind, broken, or with Python objects in it.
+    """
+    try:
+        if path.endswith(".npy"):
+            found = {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+        elif path.endswith(".npz"):
+            found = _read_npz(path)
+        elif path.endswith(".safetensors"):
+            found = _read_safetensors(path)
+        else:
+            raise UsageError(
+                f"the calibration data {path} are of no known kind; give {', '.join(SUFFIXES)} or a folder of them"
+            )
+    except OSError as error:
+        raise UsageError(f"cannot read the calibration data {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, KeyError, struct.error, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(f"cannot read the calibration data {path}: {first_line(error)}") from error
+    for name, array in found.items():
+        if array.dtype.kind not in "fiub" and array.dtype != ml_dtypes.bfloat16:
+            raise UsageError(f"the calibration data {path}: array '{name}' holds {array.dtype}, not numbers")
+    return found
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+    arrays = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+                arrays[name] = _map_member(file, path, info)
+                continue
+            if info.file_size > MOST_UNPACKED:
+                raise UsageError(
+                    f"the calibration data {path}: array '{name}' is compressed and unpacks to "
+                    f"{info.file_size / 1e9:.1f} GB; save it with np.savez, uncompressed"
+                )
+            with archive.open(info) as member:
+                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
+
+
+def _map_member(file: IO[bytes], path: str, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array that lies uncompressed in a zip archive, mapped from there."""
+    # The local header repeats name and extra field, and theirs may have other lengths there.
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise ValueError(f"the entry '{info.filename}' has no header")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    start = info.header_offset + 30 + name_length + extra_length
+    file.seek(start)
+    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]
+    if dtype.hasobject:
+        raise ValueError(f"the array '{info.filename}' holds Python objects, which are never loaded")
+    at = file.tell()
+    size = math.prod(shape) * dtype.itemsize
+    if at + size > start + info.file_size:
+        raise ValueError(f"the array '{info.filename}' is cut short")
+    if size == 0:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", at, shape, "F" if fortran else "C")
+
+
+def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, _HEADER_BYTES):
+            raise ValueError("its header is longer than the file allows")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+    header.pop("__metadata__", None)
+    return {name: _map_tensor(path, name, row, 8 + length, size) for name, row in header.items()}
+
+
+def _map_tensor(path: str, name: str, row: Any, start: int, size: int) -> np.ndarray:
+    fits = isinstance(row, dict) and row.get("dtype") in _SAFETENSORS
+    shape, offsets = (row.get("shape"), row.get("data_offsets")) if fits else (None, None)
+    if not isinstance(shape, list) or not isinstance(offsets, list) or not _naturals([*shape, *offsets]):
+        raise ValueError(f"the tensor '{name}' has no dtype, shape and offsets that are known here")
+    dtype: np.dtype[Any] = _SAFETENSORS[row["dtype"]]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes or start + offsets[1] > size:
+        raise ValueError(f"the tensor '{name}' does not lie inside the file")
+    if nbytes == 0:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", start + offsets[0], tuple(shape))
+
+
+def _naturals(values: list[Any]) -> bool:
+    return all(type(v) is int and v >= 0 for v in values)

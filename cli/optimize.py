@@ -32,8 +32,21 @@ REASONS = 8
 @click.option("--recipe", metavar="FILE", help="A TOML file of passes, target and checks.")
 @click.option("-o", "--output", metavar="FILE", help="The .onnx file to write.")
 @click.option("--target", metavar="TEXT", help="What it has to run on: ort-cpu (default) or portable.")
+@click.option(
+    "--lower", multiple=True, metavar="NAME=VALUE", help="An option of the target: --lower decode=call."
+)
 @click.option("--inputs", metavar="NPZ", help="Check on these inputs (arrays by input name).")
-@click.option("--seed", type=int, help="Seed of the made-up inputs, without --inputs.  [default: 0]")
+@click.option(
+    "--calib",
+    metavar="SOURCE",
+    help="Data for passes that look at some: .npz, .npy, .safetensors, a folder of them, "
+    "package.module:function, or random.",
+)
+@click.option("--calib-samples", type=int, metavar="N", help="Samples of it to use.  [default: 128]")
+@click.option("--calib-window", type=int, metavar="N", help="Tokens of a sample, when it is token ids.")
+@click.option(
+    "--seed", type=int, help="Seed of the made-up inputs, and of the choice of samples.  [default: 0]"
+)
 @click.option(
     "--check",
     type=click.Choice(["each", "final", "off"]),
@@ -63,7 +76,11 @@ def optimize(
     recipe: str | None,
     output: str | None,
     target: str | None,
+    lower: tuple[str, ...],
     inputs: str | None,
+    calib: str | None,
+    calib_samples: int | None,
+    calib_window: int | None,
     seed: int | None,
     check: str | None,
     require_change: bool,
@@ -87,6 +104,7 @@ def optimize(
       effic optimize model.onnx -o out.onnx
       effic optimize model.onnx --passes 'fuse-conv-bn,quantize-rtn{bits=4}' -o out.onnx
       effic optimize model.onnx --preset int8 --inputs data.npz --report report.json -o out.onnx
+      effic optimize model.onnx --passes quantize-gptq --calib images.npz -o out.onnx
     """
     from effic.optimize import optimize as run
 
@@ -96,8 +114,16 @@ def optimize(
         flag = "--force" if force else "--external-data" if external_data else "--single-file"
         raise UsageError(f"{flag} does nothing without an output; give -o out.onnx")
     options = _choose(passes, preset, recipe)
-    given = {"target": target, "check": check, "seed": seed}
+    given = {
+        "target": target,
+        "check": check,
+        "seed": seed,
+        "calib": calib,
+        "calib_samples": calib_samples,
+        "calib_window": calib_window,
+    }
     options.update({name: value for name, value in given.items() if value is not None})
+    _lower(options, lower)
     if require_change:
         options["require_change"] = True
     _known(print_after, options["passes"])
@@ -140,6 +166,20 @@ def _choose(passes: str | None, preset: str | None, recipe: str | None) -> dict[
     if recipe is not None:
         return read_recipe(recipe)
     return {"passes": parse_passes(passes if passes is not None else find(preset or "default").text)}
+
+
+def _lower(options: dict[str, Any], lower: tuple[str, ...]) -> None:
+    """Add options to the target."""
+    if not lower:
+        return
+    from effic.backends import DEFAULT_TARGET
+    from effic.ir.errors import UsageError
+    from effic.passes.spec import with_options
+
+    try:
+        options["target"] = with_options(options.get("target", DEFAULT_TARGET), lower)
+    except UsageError as error:
+        raise UsageError(f"--lower: {error}") from error
 
 
 def _known(print_after: tuple[str, ...], passes: list[Pass]) -> None:

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from effic.optimize import Report as Report
     from effic.optimize import load as load
     from effic.optimize import optimize as optimize
+    from effic.passes.base import CalibratedPass as CalibratedPass
     from effic.passes.base import Numerics as Numerics
     from effic.passes.base import Pass as Pass
     from effic.passes.base import Remarks as Remarks
     from effic.passes.base import option as option
+    from effic.passes.calibration import Calibration as Calibration
     from effic.passes.pipeline import run_passes as run_passes
     from effic.passes.spec import parse_passes as parse_passes
 
 _EXPORTS = {
+    "CalibratedPass": "effic.passes.base",
+    "Calibration": "effic.passes.calibration",
     "OrtArtifact": "effic.backends.ort.artifact",
     "EfficError": "effic.ir.errors",
     "Model": "effic.ir.model",

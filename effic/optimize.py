@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 from effic.ir.verify import verify
 from effic.measure import file_bytes
-from effic.passes.base import Numerics, Pass, Remarks
+from effic.passes.base import CalibratedPass, Numerics, Pass, Remarks
+from effic.passes.calibration import SAMPLES, Calibration
 from effic.passes.pipeline import Check, Checker, Step, fingerprint, judge, run_passes
 from effic.passes.presets import preset
 from effic.passes.spec import parse_passes, to_text
@@ -39,7 +40,7 @@ class Report:
 
     Attributes:
         source: where the model came from.
-        notes: what reading it changed or found.
+        notes: what reading it changed or found, and what is to be known of the calibration data.
         passes: text form of the passes.
         target: text form of the target.
         steps: one per pass, then one for lowering.
@@ -50,6 +51,7 @@ class Report:
         file_bytes: bytes of the input file and of the output file, external data included.
         seconds: time of the whole job.
         versions: effic and the packages that decide the result.
+        calibration: the samples that passes looked at (source, digest, samples, random), or None.
         model: the finished model.
     """
 
@@ -66,6 +68,7 @@ class Report:
     file_bytes: tuple[int | None, int | None]
     seconds: float
     versions: dict[str, str]
+    calibration: dict[str, Any] | None
     model: Model = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +110,9 @@ def optimize(
     output: str | os.PathLike[str] | None = None,
     target: str = "ort-cpu",
     inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
+    calib: Any = None,
+    calib_samples: int | None = None,
+    calib_window: int | None = None,
     seed: int = 0,
     check: Check = "each",
     require_change: bool = False,
@@ -126,9 +132,13 @@ def optimize(
         passes: text form, or pass objects; None is the preset ``default``.
         output: the ``.onnx`` file to write; None writes nothing.
         target: ``ort-cpu`` or ``portable``, with options: ``ort-cpu{accuracy_level=0}``.
-        inputs: what to check the numbers on: arrays by name, or an ``.npz`` file; None makes up
-            seeded ones.
-        seed: of the seeded inputs.
+        inputs: what to check the numbers on: arrays by name, or an ``.npz`` file; None takes the
+            first calibration sample, or without one makes up seeded inputs.
+        calib: data for the passes that need to see some: a file or folder, a function, arrays by
+            name, feeds, or ``"random"``; see :meth:`effic.passes.calibration.Calibration.load`.
+        calib_samples: how many samples of it to use; 128 when None.
+        calib_window: tokens of a sample, where ``calib`` is a row of token ids.
+        seed: of the seeded inputs, and of the choice of samples.
         check: ``each`` pass, ``final`` only, or ``off``.
         require_change: fail when a pass changes nothing.
         dry_run: do everything but write.
@@ -149,6 +159,7 @@ def optimize(
     began = time.perf_counter()
     sequence = _sequence(passes)
     backend = get_backend(target)
+    _refuse_data(sequence, calib, calib_samples, calib_window)
     if output is not None:
         _refuse_early(output, force)
     arrays = load_inputs(inputs) if isinstance(inputs, (str, os.PathLike)) else inputs
@@ -157,15 +168,27 @@ def optimize(
     # Now, while the weights still point into the files they came from.
     input_bytes = _stored_bytes(model)
     steps_in_all = len(sequence) + 2
-    checker = None
+    calibration, checker = None, None
+    if calib is not None:
+        _tell(progress, "reading calibration data", 0, steps_in_all)
+        calibration = Calibration.load(
+            calib,
+            model,
+            samples=SAMPLES if calib_samples is None else calib_samples,
+            seed=seed,
+            window=calib_window,
+        )
     if check != "off":
         _tell(progress, "running the original", 0, steps_in_all)
+        if arrays is None and calibration is not None:
+            arrays = next(calibration.feeds())
         checker = Checker(model, arrays, seed)
     result = run_passes(
         model,
         sequence,
         check=check,
         checker=checker,
+        calibration=calibration,
         require_change=require_change,
         after_pass=after_pass,
         progress=None if progress is None else lambda text, i, n: progress(text, i, steps_in_all),
@@ -194,7 +217,7 @@ def optimize(
         written, output_bytes = os.fspath(output), sizes[0]
     return Report(
         source=model.origin.path or f"a model from {model.origin.front_end}",
-        notes=model.origin.notes,
+        notes=(*model.origin.notes, *_data_notes(calibration, result.steps)),
         passes=to_text(sequence),
         target=target,
         steps=steps,
@@ -206,6 +229,7 @@ def optimize(
         file_bytes=(input_bytes, output_bytes),
         seconds=time.perf_counter() - began,
         versions={p: version(p) for p in ("effic", "onnx", "onnx-ir", "onnxruntime", "numpy")},
+        calibration=None if calibration is None else calibration.to_dict(),
         model=model,
     )
 
@@ -214,6 +238,36 @@ def _sequence(passes: str | Sequence[Pass] | None) -> list[Pass]:
     if passes is None:
         return parse_passes(preset("default").text)
     return parse_passes(passes) if isinstance(passes, str) else list(passes)
+
+
+def _refuse_data(
+    sequence: Sequence[Pass], calib: Any, calib_samples: int | None, calib_window: int | None
+) -> None:
+    """Say what is wrong with the calibration data's options before anything is read."""
+    calibrated = [item for item in sequence if isinstance(item, CalibratedPass)]
+    for item in calibrated:
+        item.require_data(calib)
+    if calib is None:
+        for name, value in (("calib_samples", calib_samples), ("calib_window", calib_window)):
+            if value is not None:
+                raise UsageError(f"{name} does nothing without calibration data; give some with --calib DATA")
+    elif not any(item.uses_data for item in calibrated):
+        raise UsageError("no pass of this run looks at calibration data; leave --calib out")
+
+
+def _data_notes(calibration: Calibration | None, steps: Sequence[Step]) -> Iterator[str]:
+    if calibration is None:
+        return
+    if calibration.random:
+        yield (
+            "CALIBRATED ON RANDOM NUMBERS, as asked for: what the passes chose fits noise and not the model's "
+            "real inputs; give real data with --calib before the result is used"
+        )
+    else:
+        yield f"calibrated on {calibration.source}"
+    for step in steps:
+        for plan in step.calibration:
+            yield f"{step.name} calibrated: {plan}"
 
 
 def _lower(model: Model, backend: Backend, cost: ModelCost) -> Step:

@@ -31,6 +31,9 @@ __all__ = ["Calibration", "Plan", "Probe", "RangeStatistics", "SiteStatistics"]
 
 Key = tuple[str, Rows]
 
+SAMPLES = 128
+"""Samples that are used of what there is, unless the caller says otherwise."""
+
 CACHE_BYTES = 256 << 20
 """Statistics that are kept for the next pass over an unchanged model."""
 
@@ -87,7 +90,7 @@ class Calibration:
         data: Any,
         model: Model,
         *,
-        samples: int = 128,
+        samples: int = SAMPLES,
         seed: int = 0,
         window: int | None = None,
         progress: Progress | None = None,
@@ -124,6 +127,15 @@ class Calibration:
     def feeds(self) -> Iterator[Arrays]:
         """The samples, the same every time."""
         return self._samples.feeds()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report says of the data, JSON-able."""
+        return {
+            "source": self.source,
+            "digest": self.digest,
+            "samples": self.count,
+            "random": self.random,
+        }
 
     # -- weights ---------------------------------------------------------------------------------
 

@@ -89,9 +89,9 @@ def _map_member(file: IO[bytes], path: str, info: zipfile.ZipInfo) -> np.ndarray
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     start = info.header_offset + 30 + name_length + extra_length
     file.seek(start)
-    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+    version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]
+    shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError(f"the array '{info.filename}' holds Python objects, which are never loaded")
     at = file.tell()

@@ -70,6 +70,26 @@ def build(cls: type[T], name: str, options: Mapping[str, tuple[Any, int]], text:
     return cls(**values)
 
 
+def with_options(text: str, extra: Sequence[str]) -> str:
+    """``name{…}`` with further options, each ``NAME=VALUE``.
+
+    Raises:
+        UsageError: one is not of that form, or contradicts what is there.
+    """
+    if not extra:
+        return text
+    name, _, options = parse_one(text)
+    values = {key: value for key, (value, _) in options.items()}
+    for item in extra:
+        key, sign, _ = (part.strip() for part in item.partition("="))
+        if not sign or not key:
+            raise UsageError(f"'{item}' is not of the form NAME=VALUE")
+        (value, _) = parse_one(f"{name}{{{item}}}")[2][key]
+        if values.setdefault(key, value) != value:
+            raise UsageError(f"{name}: {key} is said to be both {values[key]} and {value}; say one of them")
+    return f"{name}{{{','.join(f'{k}={_raw_text(v)}' for k, v in values.items())}}}"
+
+
 def to_text(passes: Sequence[Pass] | Pass) -> str:
     """The text form, with the options that differ from their defaults."""
     if isinstance(passes, Pass):
@@ -95,6 +115,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         target = "ort-cpu"           # optional
         check = "each"               # optional: each, final, off
         require_change = false       # optional
+        seed = 0                     # optional
+        calib = "images.npz"         # optional; also calib_samples, calib_window
 
         [[pass]]
         name = "quantize-rtn"
@@ -112,13 +134,13 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
             data = tomllib.load(file)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}") from error
-    known = {"pass", "target", "check", "require_change", "seed"}
     kinds: dict[str, type] = {
         "pass": list, "target": str, "check": str, "require_change": bool, "seed": int,
+        "calib": str, "calib_samples": int, "calib_window": int,
     }  # fmt: skip
     for key, value in data.items():
-        if key not in known:
-            raise UsageError(f"the recipe {path} has an unknown field '{key}'{near(key, sorted(known))}")
+        if key not in kinds:
+            raise UsageError(f"the recipe {path} has an unknown field '{key}'{near(key, sorted(kinds))}")
         if not isinstance(value, kinds[key]) or isinstance(value, bool) != (kinds[key] is bool):
             raise UsageError(f"the recipe {path}: {key} is {value!r}, expected {kinds[key].__name__}")
     if data.get("check", "each") not in ("each", "final", "off"):
@@ -137,6 +159,11 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise UsageError(f"the recipe {path}, [[pass]] number {number}: {error}") from error
     data["passes"] = passes
     return data
+
+
+def _raw_text(raw: Any) -> str:
+    """An option's value as it is written, from what the reader made of it."""
+    return _value_text(tuple(raw) if isinstance(raw, list) else raw)
 
 
 def _value_text(value: Any) -> str:

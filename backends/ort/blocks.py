@@ -97,20 +97,31 @@ def plan(encoding: Encoding, k_axis: int, level: int) -> Layout | str:
     if isinstance(group, str):
         return group
     inputs, outputs = encoding.shape[k_axis], encoding.shape[1 - k_axis]
-    bits = 4 if encoding.stored_bits <= 4 else 8
-    if bits == 8 and level != INT8_ACTIVATIONS:
-        return f"at accuracy level {level} the runtime has a fast kernel for 4-bit codes only"
-    if (
-        level == INT8_ACTIVATIONS
-        and encoding.bits <= 2
-        and block_size(group, inputs, 2)
-        and _fits_2_bits(encoding)
-    ):
-        bits = 2
+    bits = kernel_bits(encoding, group, inputs, level)
+    if isinstance(bits, str):
+        return bits
     block = block_size(group, inputs, bits)
     if block is None:
         return f"blocks have 16, 32, 64, 128 or 256 codes, and none of these divides its groups of {group}"
     return Layout(bits, block, group, inputs, outputs, k_axis)
+
+
+def kernel_bits(encoding: Encoding, group: int, inputs: int, level: int) -> int | str:
+    """Width of the codes the fastest kernel takes, or why there is none.
+
+    Args:
+        encoding: of a weight.
+        group: codes along the input channels that share a scale.
+        inputs: K.
+        level: the kernel's accuracy level.
+    """
+    bits = 4 if encoding.stored_bits <= 4 else 8
+    if bits == 8 and level != INT8_ACTIVATIONS:
+        return f"at accuracy level {level} the runtime has a fast kernel for 4-bit codes only"
+    narrow = level == INT8_ACTIVATIONS and encoding.bits <= 2
+    if narrow and block_size(group, inputs, 2) and _fits_2_bits(encoding):
+        return 2
+    return bits
 
 
 def block_size(group: int, inputs: int, bits: int) -> int | None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from effic.backends.ort.block_store import BlockStore
 from effic.backends.ort.blocks import INT8_ACTIVATIONS, Layout
+from effic.backends.ort.input_groups import groups_of_linear
 from effic.backends.ort.linear import add_rest, kernel_bias, read_linear, why_not_linear
 from effic.backends.ort.lower_gather import lower_gather
 from effic.backends.ort.scenes import (
@@ -38,9 +39,10 @@ class LowerEncodings(Pass):
     result does not depend on the session's options. A scale that covers more than the largest block
     is repeated, 3-bit codes run as 4-bit ones, nodes that share a weight share its blocks.
 
-    Missed when the groups run along the output channels, when no block size divides the group, when
-    weights are kept beside the codes, and where the runtime's kernel would decode the whole weight
-    at every call (8 bits below accuracy level 4).
+    Weights whose groups run along the output channels are left to ``lower-input-groups``.
+
+    Missed when no block size divides the group, when weights are kept beside the codes, and where the
+    runtime's kernel would decode the whole weight at every call (8 bits below accuracy level 4).
     """
 
     name: ClassVar[str] = "lower-encodings"
@@ -59,7 +61,9 @@ class LowerEncodings(Pass):
             for index in (1, 0):
                 weight = encoded_input(node.inputs[index])
                 if weight is not None:
-                    _lower_matmul(store, node, index, weight, remarks)
+                    # The other half of the encodings is lower-input-groups' to lower and to remark on.
+                    if index == 0 or groups_of_linear(node, weight) is None:
+                        _lower_matmul(store, node, index, weight, remarks)
                     break
         for node in model.nodes("Gather"):
             weight = encoded_input(node.inputs[0])

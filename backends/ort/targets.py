@@ -10,6 +10,7 @@ from effic.backends.base import Backend
 from effic.backends.ort.artifact import OrtArtifact
 from effic.backends.ort.decode_at_load import DecodeAtLoad
 from effic.backends.ort.lower_encodings import LowerEncodings
+from effic.backends.ort.lower_input_groups import LowerInputGroups
 from effic.ir.model import Model
 from effic.passes.base import Remarks, option
 
@@ -49,8 +50,18 @@ class OrtCpu(Backend):
         "load",
         help="weights without a fast kernel: decoded once at load (fp32 memory), or at every call (slow)",
     )
+    ic: Literal["split", "prefill", "exact"] = option(
+        "split",
+        help="per-input-channel groups: MatMulNBits per group (for few rows), DynamicQuantizeMatMul per "
+        "group (16 rows and more), or decoded to floating point",
+    )
 
     def lower(self, model: Model, remarks: Remarks) -> Model:
+        # A weight that is decoded at every call is never faster.
+        groups = LowerInputGroups(
+            form=self.ic, accuracy_level=self.accuracy_level, always=self.decode == "call"
+        )
+        groups.apply(model, remarks)
         LowerEncodings(accuracy_level=self.accuracy_level).apply(model, remarks)
         DecodeAtLoad(when=self.decode).apply(model, remarks)
         return model

@@ -29,8 +29,10 @@ PASSES: dict[str, str] = {
     "fuse-conv-bn": "effic.passes.fuse.fuse_conv_bn:FuseConvBN",
     "reparameterize-branches": "effic.passes.fuse.reparameterize_branches:ReparameterizeBranches",
     # quantize: fewer bits
+    "smooth-activations": "effic.passes.quantize.smooth_activations:SmoothActivations",
     "equalize-layers": "effic.passes.quantize.equalize_layers:EqualizeLayers",
     "quantize-rtn": "effic.passes.quantize.quantize_rtn:QuantizeRTN",
+    "quantize-awq": "effic.passes.quantize.quantize_awq:QuantizeAWQ",
 }
 
 

@@ -152,11 +152,7 @@ def group_matrix(groups: InputGroups, start: int) -> ir.TensorProtocol:
     """A group's codes as a signed matrix ``[K, g]`` of their stored width; unsigned ones less half the range."""
     part = _part(groups, start)
     kind = part.dtype
-    signed = {
-        ir.DataType.UINT2: ir.DataType.INT2,
-        ir.DataType.UINT4: ir.DataType.INT4,
-        ir.DataType.UINT8: ir.DataType.INT8,
-    }.get(kind, kind)
+    signed = signed_type(kind)
     rows, columns = part.shape.numpy()
     values = unpack(np.frombuffer(part.tobytes(), np.uint8), kind, rows * columns).reshape(rows, columns)
     if groups.k_axis == 1:
@@ -166,6 +162,11 @@ def group_matrix(groups: InputGroups, start: int) -> ir.TensorProtocol:
     if signed.bitwidth == 8:
         return ir.Tensor(np.ascontiguousarray(values).view(np.int8))
     return ir.PackedTensor(pack(values, signed), signed, shape=ir.Shape(values.shape))
+
+
+def signed_type(kind: ir.DataType) -> ir.DataType:
+    """The signed integer type of the same width."""
+    return {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}[kind.bitwidth]
 
 
 def _part(groups: InputGroups, start: int) -> ir.TensorProtocol:

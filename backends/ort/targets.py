@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from effic.backends.base import Backend
 from effic.backends.ort.artifact import OrtArtifact
 from effic.backends.ort.decode_at_load import DecodeAtLoad
+from effic.backends.ort.lower_dynamic import LowerDynamic
 from effic.backends.ort.lower_encodings import LowerEncodings
 from effic.backends.ort.lower_input_groups import LowerInputGroups
 from effic.ir.model import Model
@@ -57,6 +58,7 @@ class OrtCpu(Backend):
     )
 
     def lower(self, model: Model, remarks: Remarks) -> Model:
+        LowerDynamic().apply(model, remarks)
         # A weight that is decoded at every call is never faster.
         groups = LowerInputGroups(
             form=self.ic, accuracy_level=self.accuracy_level, always=self.decode == "call"

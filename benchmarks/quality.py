@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ from benchmarks.subjects import SUBJECTS, Scores, Subject, feeds_in, interval, m
 
 BASE = "import effic.optimize, onnx, onnx_ir, onnxruntime, effic.passes.pipeline"
 NEEDS_DATA = ("gptq", "static_int8")
+ERROR = re.compile(r"[A-Za-z_.]*Error: ")
+"""The line of a traceback that says what was wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +160,8 @@ def measure(row: Row, subject: Subject, folder: Path) -> Result:
     try:
         process = run([sys.executable, "-m", "benchmarks.quality", "--job", json.dumps(job)])
     except SystemExit as error:
-        result.failure = str(error).strip().rpartition("\n")[2][:200]
+        lines = [line for line in str(error).splitlines() if ERROR.match(line)]
+        result.failure = (lines or [str(error)])[-1][:200]
         return result
     said = json.loads(told.read_text())
     result.bits, result.seconds, result.peak = said["bits"], said["seconds"], process.peak

@@ -35,14 +35,17 @@ class QuantizeAWQ(CalibratedPass, WeightOnly):
     rounding to nearest, so that on the data the error is never larger than that of quantize-rtn.
     ``1/s`` goes into the norm or the layer that makes the channels, whose function with its readers
     stays the same. Where there is none, weights are rounded to nearest, and the remark says why.
-    With ``clip`` the ranges of groups may shrink where that lowers the error.
+    Then the ranges of groups are clipped where that lowers the error of the outputs (``clip``).
 
     Missed for the reasons of quantize-rtn.
     """
 
     name: ClassVar[str] = "quantize-awq"
 
-    clip: bool = option(False, help="also search how far each group's range may shrink")
+    # Perplexity of stories260k (fp32 6.55) with groups of 32, by rounding to nearest, scaled, and scaled
+    # and clipped: 7.16, 7.05, 6.99 at 4 bits and 12.55, 11.01, 10.15 at 3; asymmetric 7.21, 7.09, 7.00 and
+    # 12.55, 11.15, 9.73. With one scale per row, 7.42, 7.57, 7.31 at 4 bits: scaling alone can lose there.
+    clip: bool = option(True, help="also search how far each group's range may shrink")
 
     def calibrate(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
         if calibration is None:

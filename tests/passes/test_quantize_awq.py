@@ -185,7 +185,7 @@ def test_scaling_alone_leaves_the_function_as_it_is(make_net: MakeNet) -> None:
 def test_without_a_producer_it_is_rounding_to_nearest(make_net: MakeNet) -> None:
     body = "h = Tanh(x)  i = Mul(h, g)  p = MatMul(h, v)  q = MatMul(i, w)  "
     model, plain = (net(make_net, body=body) for _ in range(2))
-    found = passed(apply(model, [{"x": loud(0, 64, 24)}]))
+    found = passed(apply(model, [{"x": loud(0, 64, 24)}], clip=False))
     QuantizeRTN(min_size=0, group_size=8).apply(plain, Remarks())
     assert found["v"].data["ratio"] == 0
     assert "no scaling: its input comes from Tanh" in found["v"].text
@@ -309,8 +309,8 @@ def test_no_data_is_an_error(make_net: MakeNet) -> None:
 
 def test_a_trained_decoder_loses_less(data_dir: Path) -> None:
     path = data_dir / "onnx" / "stories260k.onnx"
-    calib = np.load(data_dir / "stories" / "ids_calib.npy").astype(np.int64)[:4096].reshape(-1, 1, 512)
-    test = np.load(data_dir / "stories" / "ids_eval.npy").astype(np.int64)[:4096].reshape(8, 512)
+    calib = np.load(data_dir / "stories" / "ids_calib.npy").astype(np.int64)[:2048].reshape(-1, 1, 256)
+    test = np.load(data_dir / "stories" / "ids_eval.npy").astype(np.int64)[:2048].reshape(8, 256)
     model = read_onnx(path)
     raise_opset(model, 21)
     name = model.graph.inputs[0].name or ""

@@ -32,6 +32,7 @@ PASSES: dict[str, str] = {
     "smooth-activations": "effic.passes.quantize.smooth_activations:SmoothActivations",
     "equalize-layers": "effic.passes.quantize.equalize_layers:EqualizeLayers",
     "quantize-rtn": "effic.passes.quantize.quantize_rtn:QuantizeRTN",
+    "quantize-int8": "effic.passes.quantize.quantize_int8:QuantizeInt8",
     "quantize-easyquant": "effic.passes.quantize.quantize_easyquant:QuantizeEasyQuant",
     "quantize-awq": "effic.passes.quantize.quantize_awq:QuantizeAWQ",
 }

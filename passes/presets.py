@@ -71,6 +71,16 @@ PRESETS: dict[str, Preset] = {
             ("eliminate-dead-code", "the floating-point weights have no reader left"),
         ),
     ),
+    "int8-static": Preset(
+        "default, then 8-bit weights and activations for convolutional models; needs calibration data",
+        (
+            *_CLEANUP,
+            ("reparameterize-branches", "before BN folding: each branch still has its norm"),
+            ("fuse-conv-bn", "before quantization: a norm behind a layer would cut its integer kernel in two"),
+            ("quantize-int8", "integers from the first layer to the last, with scales from calibration"),
+            ("eliminate-dead-code", "the floating-point weights have no reader left"),
+        ),
+    ),
 }
 
 

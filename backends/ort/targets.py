@@ -12,6 +12,7 @@ from effic.backends.ort.decode_at_load import DecodeAtLoad
 from effic.backends.ort.lower_dynamic import LowerDynamic
 from effic.backends.ort.lower_encodings import LowerEncodings
 from effic.backends.ort.lower_input_groups import LowerInputGroups
+from effic.backends.ort.lower_quantized import LowerQuantized
 from effic.ir.model import Model
 from effic.passes.base import Remarks, option
 
@@ -64,6 +65,7 @@ class OrtCpu(Backend):
             form=self.ic, accuracy_level=self.accuracy_level, always=self.decode == "call"
         )
         groups.apply(model, remarks)
+        LowerQuantized().apply(model, remarks)
         LowerEncodings(accuracy_level=self.accuracy_level).apply(model, remarks)
         DecodeAtLoad(when=self.decode).apply(model, remarks)
         return model

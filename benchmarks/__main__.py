@@ -12,6 +12,7 @@ NAMES = (
     "rtn_quality",
     "accuracy_level",
     "decode",
+    "input_group_forms",
     "real_models",
 )
 

@@ -200,10 +200,10 @@ def _part(groups: InputGroups, start: int) -> ir.TensorProtocol:
 # groups and 1, 16 and 128 rows (`python -m benchmarks.input_group_forms`): per weight; per weight and
 # row of x. They scale with the processor; what is decided on is their ratio.
 _PER_WEIGHT = {
-    "fp32": (0.25, 0.0178),
-    "split": (0.035, 0.0139),
-    "split0": (0.2, 0.021),
-    "prefill": (0.08, 0.005),
+    "fp32": (0.31, 0.0175),
+    "split": (0.02, 0.0139),
+    "split0": (0.13, 0.0215),
+    "prefill": (0.06, 0.0055),
 }
 # Starting a node; and, per group, the activations once more: scaled, and rounded again to 8 bits.
 _PER_NODE = 1500.0

@@ -168,7 +168,7 @@ def _why_not(node: ir.Node, weight: EncodedInput | None) -> str | None:
     encoding = weight.encoding
     if any(attribute.is_ref() for attribute in node.attributes.values()):
         return "its attributes come from the caller of a function"
-    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+    if node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0)):
         return "it transposes its activations (transA=1); run canonicalize-linear first"
     if encoding.dtype != ir.DataType.FLOAT or len(encoding.codes.shape) != 2 or encoding.outliers is not None:
         return f"its weight '{weight.name}' is no plain matrix of fp32"

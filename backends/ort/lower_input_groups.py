@@ -213,7 +213,8 @@ class _Site:
 
     def factor(self) -> np.ndarray:
         """What the activations are multiplied by when there is one group, ``[K]``."""
-        return self.groups.scales()[0] * np.float32(self.linear.alpha)
+        factor: np.ndarray = self.groups.scales()[0] * np.float32(self.linear.alpha)
+        return factor
 
 
 def _read_site(node: ir.Node) -> _Site | None:

@@ -107,7 +107,7 @@ def _why_not_use(use: WeightUse) -> str | None:
         return "is the left operand; dynamic kernels take the weight on the right"
     if any(attribute.is_ref() for attribute in node.attributes.values()):
         return "belongs to a node whose attributes come from the caller of a function"
-    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+    if node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0)):
         return "belongs to a Gemm with transA=1; run canonicalize-linear first"
     producer = node.inputs[0].producer() if node.inputs[0] is not None else None
     if producer is not None and producer.op_type == "DequantizeLinear" and not _is_dynamic(producer):

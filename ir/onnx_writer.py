@@ -34,13 +34,6 @@ PAGE_BYTES, PAGE_ALIGN_FROM = 4096, 1 << 16
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 
-# Types that a runtime takes as arrays.
-_ARRAYS = (
-    ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT8,
-    ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32, ir.DataType.UINT32,
-    ir.DataType.INT64, ir.DataType.UINT64,
-)  # fmt: skip
-
 Progress = Callable[[int, int], None]
 
 
@@ -110,34 +103,6 @@ def to_proto(model: Model) -> onnx.ModelProto:
         raise _too_large(total)
     with _swapped([(p, _inline(p.tensor)) for p in payloads if isinstance(p.tensor, ir.ExternalTensor)]):
         return _serialize(model.ir)
-
-
-def skeleton(
-    model: ir.Model, smallest: int = SMALL_ATTRIBUTE_BYTES
-) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """The model as a protobuf message without its large initializers, and these by name.
-
-    They are declared as external data of no file: a runtime is given them as arrays
-    (``add_external_initializers`` of ONNX Runtime), straight from the file map.
-
-    Args:
-        model: the model.
-        smallest: initializers of fewer bytes, and those of types NumPy does not have, stay inside.
-
-    Raises:
-        UnsupportedError: what stays inside is larger than protobuf allows (2 GiB).
-    """
-    swaps: list[tuple[_Payload, ir.TensorProtocol]] = []
-    left_out: dict[str, ir.TensorProtocol] = {}
-    for payload in _payloads(model):
-        fits = payload.in_main and payload.nbytes >= smallest and payload.tensor.dtype in _ARRAYS
-        if fits:
-            swaps.append((payload, payload.placeholder("given", 0)))
-            left_out[payload.name] = payload.tensor
-        elif isinstance(payload.tensor, ir.ExternalTensor):
-            swaps.append((payload, _inline(payload.tensor)))
-    with _swapped(swaps):
-        return _serialize(model), left_out
 
 
 def model_bytes(model: Model) -> int:

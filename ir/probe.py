@@ -11,10 +11,14 @@ import onnx_ir as ir
 from effic.ir.encodings import decode, encoding_nodes, recognise
 from effic.ir.errors import NotMeasuredError, UsageError
 from effic.ir.evaluate import Arrays, first_line, run_session, runtime_errors
-from effic.ir.model import ONNX_DOMAINS, Model
-from effic.ir.onnx_writer import skeleton
+from effic.ir.model import Model
+from effic.ir.onnx_writer import to_proto
 from effic.ir.tensors import drop_pages
 from effic.ir.topology import read_values
+
+# Weights of this size and these types are not handed to the runtime inside the model.
+_LARGE = 1 << 16
+_WEIGHTS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class Probe:
@@ -53,12 +57,14 @@ class Probe:
         computed = list({id(v): v for v in computed if not v.is_initializer()}.values())
         self.outputs = [str(v.name) for v in outputs]
         self._model: Model | None = None
+        self._weights: dict[str, ir.TensorProtocol] = {}
         self._session: Any = None
         self._threads = threads
         self.inputs: list[str] = list(self._copied)
         if computed:
             self._model = _between(model, given, computed)
             names = [str(v.name) for v in self._model.graph.inputs]
+            self._weights = _take_weights(self._model.graph)
             self.inputs = list(dict.fromkeys([*names, *self._copied]))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
@@ -75,7 +81,8 @@ class Probe:
         if self._model is not None:
             if self._session is None:
                 self._start(feeds)
-            results = run_session(self._session, feeds)
+            weights = {name: tensor.numpy() for name, tensor in self._weights.items()}
+            results = run_session(self._session, {**feeds, **weights})
         for name in self._copied:
             if name not in feeds:
                 raise UsageError(f"the inputs lack '{name}'; given: {', '.join(sorted(feeds)) or 'none'}")
@@ -87,10 +94,9 @@ class Probe:
     def close(self) -> None:
         """Give the runtime's memory and the weights' file pages back; a later run starts anew."""
         self._session = None
-        if self._model is not None:
-            for value in self._model.graph.initializers.values():
-                if isinstance(value.const_value, ir.ExternalTensor):
-                    drop_pages(value.const_value)
+        for tensor in self._weights.values():
+            if isinstance(tensor, ir.ExternalTensor):
+                drop_pages(tensor)
 
     def _start(self, feeds: Mapping[str, np.ndarray]) -> None:
         model = self._model
@@ -169,38 +175,39 @@ def _decodable(value: ir.Value, given: set[int], outputs: Sequence[ir.Value]) ->
     return not any(id(v) in given for n in inner for v in n.inputs) and not any(v is value for v in outputs)
 
 
+def _take_weights(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
+    """Turn large weights into inputs, and return them by name.
+
+    A runtime copies what it finds in a model, and what it is given stays where it lies: in the map
+    of the file the model came from.
+    """
+    weights: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in _WEIGHTS and tensor.nbytes >= _LARGE:
+            weights[name] = tensor
+            del graph.initializers[name]
+            value.type, value.const_value = ir.TensorType(tensor.dtype), None
+            if not value.is_graph_input():
+                graph.inputs.append(value)
+    return weights
+
+
 def _session(model: Model, threads: int) -> Any:
-    """A session over the part, which reads its weights from the tensors in place."""
     import onnxruntime as ort
 
-    proto, tensors = skeleton(model.ir)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     # What the runtime rewrites at a higher level changes the numbers: a DequantizeLinear with a
     # MatMul becomes a kernel with 8-bit activations there.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if all(node.domain in ONNX_DOMAINS for node in model.nodes(domain=None)):
-        # Packed weights are a second copy of them, which is not worth its memory for a few runs.
-        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        values = [_ort_value(ort, tensor) for tensor in tensors.values()]
-        if tensors:
-            options.add_external_initializers(list(tensors), values)
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except runtime_errors() as error:
-        raise NotMeasuredError(
-            f"ONNX Runtime cannot load a part of the model: {first_line(error)}"
-        ) from error
-
-
-def _ort_value(ort: Any, tensor: ir.TensorProtocol) -> Any:
-    array = tensor.numpy()
-    if tensor.dtype == ir.DataType.BFLOAT16:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.ascontiguousarray(array).view(np.uint16), int(ir.DataType.BFLOAT16)
+        return ort.InferenceSession(
+            to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    except runtime_errors() as error:
+        raise NotMeasuredError(f"ONNX Runtime cannot load a part of the model: {first_line(error)}") from error
 
 
 def constant_values(graph: ir.Graph, fed: Iterable[str] = ()) -> set[ir.Value]:

@@ -34,7 +34,7 @@ Key = tuple[str, Rows]
 SAMPLES = 128
 """Samples that are used of what there is, unless the caller says otherwise."""
 
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 64 << 20
 """Statistics that are kept for the next pass over an unchanged model."""
 
 
@@ -166,7 +166,8 @@ class Calibration:
         """What :meth:`walk` with the same arguments will take."""
         wanted = _Wanted(sites)
         breaks = wanted.first_readers() if propagate else []
-        return self._plan(self._parts(model, wanted.activations, second_moment, sketch, breaks))
+        parts = self._parts(model, wanted.activations, second_moment, sketch, breaks)
+        return self._plan(parts, cached=not propagate)
 
     def walk(
         self,
@@ -212,20 +213,20 @@ class Calibration:
             missing = {k: a for k, a in wanted.activations.items() if k not in done}
             breaks = wanted.first_readers() if propagate else []
             parts = self._parts(running, missing, second_moment, sketch, breaks)
-            plan = self._plan(parts)
+            plan = self._plan(parts, cached=not propagate)
             self.plans.append(plan)
             tell(f"calibrating: {plan}", 0, len(parts.parts))
             steps = self._run(parts, missing, second_moment, sketch, tell)
         else:
             steps = iter([{}])
         for new in steps:
-            done.update(new)
             if not propagate:
                 self._cache.add(new, second_moment, sketch)
+            done.update(new)
+            new.clear()  # or they would live on while the next part runs
             for site, keys in wanted.ready(done):
                 yield site, combine([done[key] for key in keys])
-            for key in wanted.finished():
-                done.pop(key, None)
+            done = {key: statistics for key, statistics in done.items() if wanted.needs(key)}
 
     def _run(
         self,
@@ -273,8 +274,9 @@ class Calibration:
         values = _same_values(model, [a.value for a in found.values()])
         return Parts(model, values, self._fed(model), costs=costs, breaks=breaks, part_bytes=self.part_bytes)
 
-    def _plan(self, parts: Parts) -> Plan:
-        return Plan(self.count, len(parts.parts), parts.memory(next(self.feeds())))
+    def _plan(self, parts: Parts, cached: bool) -> Plan:
+        most = parts.memory(next(self.feeds()))
+        return Plan(self.count, len(parts.parts), most + (min(CACHE_BYTES, parts.costs) if cached else 0))
 
     def _fed(self, model: Model) -> list[str]:
         first = next(self.feeds())
@@ -369,10 +371,9 @@ class _Wanted:
         ) is not None:
             yield self._waiting.pop(at)
 
-    def finished(self) -> list[Key]:
-        """Activations nobody waits for any more."""
-        needed = {key for _, keys in self._waiting for key in keys}
-        return [key for key in self.activations if key not in needed]
+    def needs(self, key: Key) -> bool:
+        """Whether a weight still waits for an activation."""
+        return any(key in keys for _, keys in self._waiting)
 
     def first_readers(self) -> list[ir.Node]:
         """For every activation, the first node that multiplies it with one of the weights."""

@@ -26,6 +26,9 @@ PART_BYTES = 128 << 20
 STORE_BYTES = 64 << 20
 """Values between parts that stay in memory; the others go to files."""
 
+RUNTIME_BYTES = 16 << 20
+"""What the runtime takes for itself."""
+
 # Operators whose results are no tensors, and so cannot be kept between parts.
 _NO_TENSORS = {
     "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase", "SequenceMap", "SplitToSequence",
@@ -85,6 +88,11 @@ class Parts:
         self.parts = self._cut(needed, reads, self._costs, set(breaks), part_bytes)
         self._store = _Store(model.scratch)
 
+    @property
+    def costs(self) -> int:
+        """Bytes that handing out all wanted values takes besides."""
+        return sum(self._costs.values())
+
     def memory(self, sample: Mapping[str, np.ndarray]) -> int:
         """About how many bytes running the parts takes at most, judged from one sample.
 
@@ -109,7 +117,8 @@ class Parts:
             here = max((size(n.outputs) + size(filter(None, n.inputs)) for n in part.nodes), default=0)
             costs = sum(self._costs.get(str(v.name), 0) for v in part.wanted)
             most = max(most, part.weight_bytes + costs + 2 * size(handed) + here)
-        return most + (STORE_BYTES if len(self.parts) > 1 else 0)
+        kept = len(self.parts) > 1
+        return most + RUNTIME_BYTES + (STORE_BYTES if kept else 0)
 
     def gather(self, samples: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> Iterator[Arrays]:
         """Run all parts, and hand out all wanted values of a sample together."""
@@ -277,8 +286,8 @@ class _Store:
         rows = self._memory[name]
         if name not in self._files and (self._held + array.nbytes <= self._limit or array.dtype.hasobject):
             self._held += array.nbytes
-            # Of its own: what a runtime returns may be part of a larger buffer.
-            rows.append(array)
+            # A copy: what a runtime returns keeps its whole arena alive.
+            rows.append(np.array(array))
             return
         if name not in self._files:
             path = os.path.join(

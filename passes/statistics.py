@@ -141,13 +141,15 @@ class Accumulator:
         return bool(np.isfinite(self._sum_abs).all())
 
     def finish(self) -> SiteStatistics:
-        """The statistics of all rows so far."""
+        """The statistics of all rows; the accumulator is used up."""
         self._flush()
         count = max(self.rows, 1)
         empty = self.rows == 0
         low = np.zeros_like(self._low) if empty else self._low
         high = np.zeros_like(self._high) if empty else self._high
-        moment = None if self._moment is None else self._moment / np.float32(count)
+        moment, self._moment = self._moment, None
+        if moment is not None:
+            moment /= np.float32(count)
         sketch = None
         if self._sketch is not None:
             sketch = self._sketch.rows / np.float32(math.sqrt(count))

@@ -216,6 +216,7 @@ def report(encoding: Encoding, axis: str, before: int, sqnr: float | None, **mor
         "axis": axis,
         "symmetric": encoding.symmetric,
         "effective_bits": round(effective_bits(encoding), 4),
+        "file_bits": round(8 * stored_bytes(encoding) / max(1, encoding.elements), 4),
         "sqnr_db": None if sqnr is None else round(sqnr, 2),
         "bytes_before": before,
         "bytes_after": stored_bytes(encoding),
@@ -236,6 +237,9 @@ def sentence(figures: dict[str, Any]) -> str:
         f"{figures['bits']} bits{wide}, {group} ({figures['axis']}), "
         f"{figures['effective_bits']:.2f} bits per weight"
     )
+    if wide:
+        # What the codes are worth is one thing, what the file pays for them another.
+        text += f" ({figures['file_bits']:.2f} in the file)"
     if figures.get("outlier_fraction"):
         text += f", {100 * figures['outlier_fraction']:.2f} % kept exact"
     if figures["sqnr_db"] is not None:

@@ -419,3 +419,28 @@ def test_every_builder_survives(name: str) -> None:
     )
     assert remarks.items
     assert remarks.count("passed") == sum(site.encoding is not None for site in weight_sites(model))
+
+
+@pytest.mark.parametrize("axis", ["oc", "ic"])
+@pytest.mark.parametrize(("bits", "file_bits"), [(3, 4.25), (4, 4.25), (8, 8.25)])
+def test_the_report_says_what_a_weight_takes_in_the_file(axis: str, bits: int, file_bits: float) -> None:
+    model = Model(
+        ir.from_onnx_text(
+            '<ir_version: 10, opset_import: ["" : 21]>\n'
+            "g (float[M,256] x, float[256,256] w) => (float[M,256] y) { y = MatMul(x, w) }"
+        )
+    )
+    value = model.graph.inputs.pop()
+    value.const_value = ir.Tensor(
+        np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32), name="w"
+    )
+    model.graph.register_initializer(value)
+    remarks = Remarks()
+    QuantizeRTN(bits=bits, axis=axis).apply(model, remarks)
+    (remark,) = remarks.items
+    assert remark.data["effective_bits"] == bits + 0.25
+    assert remark.data["file_bits"] == file_bits
+    assert remark.data["bytes_after"] == 256 * 256 * file_bits / 8
+    stored = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    assert stored == remark.data["bytes_after"]
+    assert ("3.25 bits per weight (4.25 in the file)" in remark.text) == (bits == 3)

@@ -34,6 +34,8 @@ PASSES: dict[str, str] = {
     "quantize-rtn": "effic.passes.quantize.quantize_rtn:QuantizeRTN",
     "quantize-int8": "effic.passes.quantize.quantize_int8:QuantizeInt8",
     "quantize-easyquant": "effic.passes.quantize.quantize_easyquant:QuantizeEasyQuant",
+    "quantize-gptq": "effic.passes.quantize.quantize_gptq:QuantizeGPTQ",
+    "quantize-adadim": "effic.passes.quantize.quantize_adadim:QuantizeAdaDim",
     "quantize-awq": "effic.passes.quantize.quantize_awq:QuantizeAWQ",
 }
 

@@ -39,6 +39,9 @@ _RETRIES = 3
 # of a few thousand outputs over so many columns stay in the second-level cache.
 _STRIP = 16
 
+# Rows of a second moment put in order at a time.
+_ROWS = 256
+
 
 class Factor(NamedTuple):
     """What GPTQ needs of a second moment; the same for every layer that reads the same input.
@@ -117,15 +120,16 @@ def factorise(
             continue
         damping = percdamp
         for _ in range(_RETRIES + 1):
-            factor = _cholesky(second_moment[group], order[group], dead[group], means[group], damping)
-            if factor is not None:
-                upper[group], pivots[group] = factor
-                most = max(most, damping)
+            found = _factorise_one(
+                second_moment[group], order[group], dead[group], means[group], damping, upper[group]
+            )
+            if found is not None:
+                pivots[group], most = found, max(most, damping)
                 break
             damping *= 10
         else:
             failed += 1
-            dead[group] = False
+            upper[group], dead[group] = 0, False
     reasons = []
     for count, reason in (
         (silent, "its inputs were zero on all the data"),
@@ -137,24 +141,26 @@ def factorise(
     return Factor(order, upper, pivots, dead, most, "; ".join(reasons) or None)
 
 
-def _cholesky(
-    moment: np.ndarray, order: np.ndarray, dead: np.ndarray, mean: float, damping: float
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Coefficients ``upper`` and pivots of one group (see :class:`Factor`), None when there are none."""
+def _factorise_one(
+    moment: np.ndarray, order: np.ndarray, dead: np.ndarray, mean: float, damping: float, upper: np.ndarray
+) -> np.ndarray | None:
+    """Write ``upper`` of one group and return its pivots (see :class:`Factor`); None when there are none."""
     from scipy.linalg.lapack import spotrf
 
-    matrix = moment[np.ix_(order, order)].astype(np.float32, copy=False)
-    places = np.arange(len(order))
-    diagonal = matrix[places, places] + np.float32(mean) * dead[order]
-    matrix[places, places] = diagonal + np.float32(mean * damping)
-    # LAPACK wants columns; the rows of a symmetric matrix are its columns, and no copy is made.
-    lower, problem = spotrf(matrix.T, lower=1, clean=1, overwrite_a=1)
-    pivots = lower[places, places].copy()
+    size = len(order)
+    for start in range(0, size, _ROWS):
+        rows = slice(start, start + _ROWS)
+        upper[rows] = moment[order[rows]][:, order]
+    places = np.arange(size)
+    diagonal = upper[places, places] + np.float32(mean) * dead[order]
+    upper[places, places] = diagonal + np.float32(mean * damping)
+    # LAPACK wants columns; the rows of a symmetric matrix are its columns. So it works in place.
+    lower, problem = spotrf(upper.T, lower=1, clean=1, overwrite_a=1)
+    pivots: np.ndarray = lower[places, places]
     if problem or not np.isfinite(pivots).all() or not (pivots > 0).all():
         return None
-    upper = lower.T
-    upper /= pivots[:, None]
-    return (upper, pivots) if np.isfinite(upper[0]).all() else None
+    np.divide(lower.T, pivots[:, None], out=upper)
+    return pivots if np.isfinite(upper[0]).all() else None
 
 
 def gptq(
@@ -173,8 +179,8 @@ def gptq(
     """Quantize a weight by GPTQ.
 
     Args:
-        weight: ``[out, K]``, all finite; for a convolution the outputs of its groups one after another.
-            Rows that are columns in memory (a transposed view) save a copy.
+        weight: ``[out, K]``, all finite; for a convolution the outputs of its groups one after another,
+            for a grouped transposed one ``[out, G·K]``. A transposed view of ``[K, out]`` saves a copy.
         second_moment: ``[G, K, K]``; see :func:`factorise`. An input that is always zero gets zero weights.
         grid: how to quantize.
         axis: ``"oc"``: groups run along the inputs of one output; ``"ic"``: along the outputs of one
@@ -196,6 +202,8 @@ def gptq(
             "gptq: act_order needs static_groups, since ONNX cannot say which group an input belongs to; "
             "turn one off or the other on"
         )
+    if weight.shape[1] != second_moment.shape[2]:
+        second_moment = _block_diagonal(second_moment)
     groups, inputs, _ = second_moment.shape
     if factor is None:
         factor = factorise(
@@ -233,6 +241,15 @@ def gptq(
     )
 
 
+def _block_diagonal(second_moment: np.ndarray) -> np.ndarray:
+    """Of convolution groups whose inputs are columns of one matrix: ``[G, K, K]`` to ``[1, G·K, G·K]``."""
+    groups, width, _ = second_moment.shape
+    whole = np.zeros((groups, width, groups, width), np.float32)
+    each = np.arange(groups)
+    whole[each, :, each] = second_moment
+    return whole.reshape(1, groups * width, groups * width)
+
+
 def shares_order(axis: Literal["oc", "ic"], groups: int) -> bool:
     """Whether all convolution groups must take their inputs in one order: where groups of outputs of
     one input, which may reach across, share a scale."""
@@ -267,17 +284,17 @@ def _walk(
         if stop < inputs:
             out += upper[:, start:stop, stop:] @ errors[:, stop:]
 
-    run = levels.run if isinstance(levels, _AlongInputs) and not static else 0
+    moving = levels if isinstance(levels, _AlongInputs) and not static else None
     stop = inputs
     while stop:
         start = max(0, stop - blocksize)
-        if run:
+        if moving:
             # Inputs are in reverse order of positions here. Blocks end where groups do.
-            group, within = divmod(inputs - stop, run)
-            last = max(0, inputs - (group + 1) * run)
+            group, within = divmod(inputs - stop, moving.run)
+            last = max(0, inputs - (group + 1) * moving.run)
             start = max(start, last)
             if not within:
-                levels.set_group(group, _ahead(columns, factor, errors, last, stop))
+                moving.set_group(group, _ahead(columns, factor, errors, last, stop))
         current(start, stop, errors[:, start:stop])
         for high in range(stop, start, -_STRIP):
             low = max(start, high - _STRIP)

@@ -124,9 +124,9 @@ def load_samples(
         raw = _cut({str(k): np.asarray(v) for k, v in data.items()}, inputs, window, "arrays")
     elif callable(data):
         name = getattr(data, "__name__", "a function")
-        raw = _from_iterable(data(), f"{name}()", samples)
+        raw = _from_iterable(data, f"{name}()", samples, window)
     else:
-        raw = _from_iterable(data, "a list of feeds", samples)
+        raw = _from_iterable(data, "a list of feeds", samples, window)
     if raw.count == 0:
         raise UsageError(f"the calibration data from {raw.source} hold no samples")
     chosen = list(range(raw.count))
@@ -157,7 +157,7 @@ def _from_text(text: str, inputs: list[_Input], samples: int, window: int | None
     if os.path.exists(text):
         return _cut(read_arrays(text), inputs, window, os.path.basename(text))
     if _FUNCTION.fullmatch(text):
-        return _from_iterable(_function(text)(), text, samples)
+        return _from_iterable(_function(text), text, samples, window)
     raise UsageError(
         f"the calibration data {text} do not exist; give a file ({', '.join(SUFFIXES)}), a folder of them, "
         f"package.module:function, or '{RANDOM}' for made-up data"
@@ -197,7 +197,11 @@ def _function(text: str) -> Callable[[], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _from_iterable(feeds: Any, source: str, samples: int) -> _Raw:
+def _from_iterable(feeds: Any, source: str, samples: int, window: int | None) -> _Raw:
+    if window is not None:
+        raise _no_tokens(window, source)
+    if callable(feeds):
+        feeds = feeds()
     if isinstance(feeds, Mapping):
         feeds = [feeds]
     if not isinstance(feeds, Iterable):
@@ -226,6 +230,8 @@ def _random(model: Model, samples: int, seed: int, window: int | None, progress:
     inputs = _inputs(model)
     first, other = TRIED_DIMS[0]
     if window is not None:
+        if not any(None in i.shape[1:] for i in inputs if i.shape is not None):
+            raise UsageError(f"a window of {window} was asked for, and the model's inputs have fixed sizes")
         first, other = 1, window
     elif any(d is None for i in inputs if i.shape is not None for d in i.shape):
         shapes = {k: v.shape for k, v in runnable_inputs(model, Oracle(model), seed)[0].items()}
@@ -268,10 +274,7 @@ def _cut(
         if by_name[name].is_ids and array.ndim == 1 and array.dtype.kind in "iu":
             return _windows(name, array, by_name[name], window, source)
     if window is not None:
-        raise UsageError(
-            f"a window of {window} tokens was asked for, and {source} is no row of token ids "
-            "(one-dimensional, integer) for a model with one input of ids"
-        )
+        raise _no_tokens(window, source)
     counts, batches = {}, {}
     for name, array in named.items():
         batches[name], counts[name] = _samples_in(array, by_name[name], whole)
@@ -294,6 +297,13 @@ def _cut(
         return feed
 
     return _Raw(source, most, read)
+
+
+def _no_tokens(window: int, source: str) -> UsageError:
+    return UsageError(
+        f"a window of {window} tokens was asked for, and {source} is no row of token ids "
+        "(one-dimensional, integer) for a model with one input of ids"
+    )
 
 
 def _samples_in(array: np.ndarray, item: _Input, whole: bool) -> tuple[int, int]:

@@ -54,7 +54,10 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UsageError(f"cannot read the calibration data {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, KeyError, struct.error, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"cannot read the calibration data {path}: {first_line(error)}") from error
+        reason = first_line(error)
+        if "pickle" in reason or "Python objects" in reason:
+            reason = "they hold Python objects, which are never loaded; save arrays of numbers"
+        raise UsageError(f"cannot read the calibration data {path}: {reason}") from error
     for name, array in found.items():
         if array.dtype.kind not in "fiub" and array.dtype != ml_dtypes.bfloat16:
             raise UsageError(f"the calibration data {path}: array '{name}' holds {array.dtype}, not numbers")

@@ -12,6 +12,7 @@ from effic.backends.ort.decode_at_load import DecodeAtLoad
 from effic.backends.ort.lower_dynamic import LowerDynamic
 from effic.backends.ort.lower_encodings import LowerEncodings
 from effic.backends.ort.lower_input_groups import LowerInputGroups
+from effic.backends.ort.lower_outliers import LowerOutliers
 from effic.backends.ort.lower_quantized import LowerQuantized
 from effic.ir.model import Model
 from effic.passes.base import Remarks, option
@@ -58,6 +59,12 @@ class OrtCpu(Backend):
         "group (16 rows and more), or decoded to floating point",
     )
 
+    outliers: Literal["auto", "coo", "gather", "ell", "requantize", "fold"] = option(
+        "auto",
+        help="weights kept exact beside the codes: added to the product element by element, by channels, by "
+        "rows (16 rows and more), put in 8 bits with the rest, or put in their places at load",
+    )
+
     def lower(self, model: Model, remarks: Remarks) -> Model:
         LowerDynamic().apply(model, remarks)
         # A weight that is decoded at every call is never faster.
@@ -66,6 +73,7 @@ class OrtCpu(Backend):
         )
         groups.apply(model, remarks)
         LowerQuantized().apply(model, remarks)
+        LowerOutliers(form=self.outliers, accuracy_level=self.accuracy_level).apply(model, remarks)
         LowerEncodings(accuracy_level=self.accuracy_level).apply(model, remarks)
         DecodeAtLoad(when=self.decode).apply(model, remarks)
         return model

@@ -1,7 +1,7 @@
 """onnxruntime's own quantizers, called as their documentation shows, one function each.
 
-Every function reads an ONNX file, writes another and returns the bits a weight takes in it: codes,
-scales, zero points and padding, over the number of weights. Where onnxruntime has an algorithm but no
+Every function reads an ONNX file, writes another and returns the bits a weight takes: codes, scales
+and zero points over the number of weights, without what pads a block. Where onnxruntime has an algorithm but no
 kernel for its result (3 bits, or one scale per channel, in HQQ), the algorithm's own Python function is
 called and the *decoded* weights are written: same numbers, no small file.
 """
@@ -208,15 +208,20 @@ def _process(source: Path, output: Path, config: Any, **options: Any) -> float:
 
 
 def bits_per_weight(path: Path) -> float:
-    """Bits of what the n-bit operators of a file read, over the weights they stand for."""
-    model = onnx.load(path)
+    """Bits of a weight in the n-bit products of a file: code, scale and zero point, no padding."""
+    model = onnx.load(path, load_external_data=False)
     held = {t.name: t for t in model.graph.initializer}
-    stored = weights = 0.0
+    stored = weights = 0
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             sizes = {a.name: a.i for a in node.attribute}
-            weights += sizes["K"] * sizes["N"]
-            stored += sum(8 * numpy_helper.to_array(held[n]).nbytes for n in node.input[1:4] if n)
+            inputs, outputs, bits = sizes["K"], sizes["N"], sizes["bits"]
+            zero = held.get(node.input[3]) if len(node.input) > 3 else None
+            floating = zero is not None and zero.data_type == onnx.TensorProto.FLOAT
+            zero_bits = 0 if zero is None else SCALE_BITS if floating else bits
+            groups = -(-inputs // sizes["block_size"])
+            weights += inputs * outputs
+            stored += inputs * outputs * bits + outputs * groups * (SCALE_BITS + zero_bits)
     return stored / weights
 
 

@@ -141,9 +141,9 @@ def _with(text: str, options: Sequence[str]) -> str:
 def _static(subject: Subject) -> Iterator[Row]:
     for method in ("MinMax", "Percentile", "Entropy"):
         yield Row("onnxruntime", f"static, {method}", "8", "static_int8", {"method": method})
-    for method in ("minmax", "percentile", "entropy", "mse"):
-        text = f"quantize-int8{{mode=static,calibration={method}}}"
-        yield Row("effic", f"static, {method}", "8", text, calibrated=True)
+    for options in ("", "ranges=minmax", "ranges=percentile", "ranges=entropy", "equalize=true"):
+        text = f"quantize-int8{{{options}}}" if options else "quantize-int8"
+        yield Row("effic", f"static, {options or 'ranges=mse'}", "8", text, calibrated=True)
 
 
 def measure(row: Row, subject: Subject, folder: Path) -> Result:

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from effic.ir.weights import Axis, WeightSite
-from effic.passes.quantize.adadim import Candidate, Compensator, Errors, Judge, choose, rounded
+from effic.passes.quantize.adadim import (
+    Candidate,
+    Compensator,
+    Errors,
+    Judge,
+    choose,
+    rounded,
+    undamped_error,
+)
 from effic.passes.quantize.affine import Grid
 from effic.passes.quantize.measured_blocks import Judgement
 from effic.passes.quantize.weight_only import decibels
@@ -115,6 +123,7 @@ def decide(
     worker: Compensator | None,
     *,
     by_gptq: bool = False,
+    exact: bool = True,
 ) -> Decision | None:
     """Choose the dimension of a weight by the error at its own output, and quantize it.
 
@@ -125,13 +134,14 @@ def decide(
         statistics: of its inputs, or None when they are not seen.
         worker: for GPTQ, or None to round to nearest.
         by_gptq: compare what GPTQ makes of the dimensions, instead of rounding.
+        exact: see :class:`~effic.passes.quantize.adadim.Judge`.
 
     Returns:
         None when a weight is infinite or not a number.
     """
     moment = None if worker is None else _moment(site, statistics)
     with site.matrix() as matrix:
-        judge = Judge(statistics, site.in_axis)
+        judge = Judge(statistics, site.in_axis, exact=exact)
         rtn: dict[Axis, Candidate] = {}
         rtn_errors: dict[Axis, Errors] = {}
         for axis in axes:
@@ -152,6 +162,13 @@ def decide(
             for axis in (axes if by_gptq else [axis])
         }
         errors = {axis: judge.candidate(matrix, found) for axis, (found, _) in tried.items()}
+        if not exact and len(moment) == 1:
+            # GPTQ puts its errors where inputs are correlated, which the approximation does not see.
+            for axis, (_, result) in tried.items():
+                if result.fallback is None:
+                    change = errors[axis].weight
+                    output = undamped_error(result, moment, change, matrix, site.in_axis)
+                    errors[axis] = Errors(output, change)
         if by_gptq:
             outputs = {axis: error.output for axis, error in errors.items()}
             axis = choose(outputs)

@@ -221,8 +221,9 @@ class _Kernel:
         self.buffer = np.empty((self.chunk, columns), np.float32)
         self.source = None if matrix.dtype == np.float32 else np.empty((self.chunk, columns), np.float32)
         per_byte = 8 // storage.bitwidth
-        # Where rows fill whole bytes each chunk is packed at once; else everything at the end.
-        self.packs_rows = columns % per_byte == 0
+        # Where rows fill whole bytes each chunk is packed at once; else everything at the end. Codes of
+        # a byte go where they belong.
+        self.packs_rows = per_byte > 1 and columns % per_byte == 0
         kind = np.int8 if grid.symmetric else np.uint8
         if self.packs_rows:
             self.out = np.empty((rows, columns // per_byte), np.uint8)
@@ -337,7 +338,8 @@ class _Kernel:
 
     def finish(self) -> np.ndarray:
         """The packed codes."""
-        return self.out.reshape(-1) if self.packs_rows else pack(self.out, self.storage)
+        done = self.packs_rows or self.storage.bitwidth == 8
+        return self.out.reshape(-1) if done else pack(self.out, self.storage)
 
 
 # As integers, positive floats order as the numbers they are, and negative ones, taken as unsigned,

@@ -89,14 +89,15 @@ class QuantizeAdaDim(CalibratedPass, WeightOnly):
         unseen = {site: calibration.why_not(site) for site in self.sites(model, remarks)}
         seen = [site for site, reason in unseen.items() if reason is None]
         judged, reasons = self._judge_blocks(model, calibration, seen)
-        moment, sketch = self._wanted(seen)
+        exact = self._exact(seen)
+        moment, sketch = exact or self.base == "gptq", self.sketch * (not exact and self.base == "rtn")
         worker = self._compensator()
         for site, statistics in calibration.walk(model, seen, second_moment=moment, sketch=sketch):
-            decision = self._decide(site, statistics, judged.get(site), worker)
+            decision = self._decide(site, statistics, judged.get(site), worker, exact)
             self._write(model, site, decision, reasons.get(site), remarks)
         for site, reason in unseen.items():
             if reason is not None:
-                decision = self._decide(site, None, None, worker)
+                decision = self._decide(site, None, None, worker, exact)
                 self._write(model, site, decision, f"judged by its own error, since it {reason}", remarks)
 
     def predicted_bytes(self, site: WeightSite) -> float:
@@ -119,11 +120,10 @@ class QuantizeAdaDim(CalibratedPass, WeightOnly):
     def _compensator(self) -> Compensator:
         return Compensator(percdamp=self.percdamp, blocksize=self.blocksize, act_order=self.act_order)
 
-    def _wanted(self, sites: Sequence[WeightSite]) -> tuple[bool, int]:
-        """What is asked of the inputs: whether the second moment, and how many rows of a sketch."""
+    def _exact(self, sites: Sequence[WeightSite]) -> bool:
+        """Whether weights are judged by all that is known of their inputs."""
         work = sum(4.0 * site.elements * site.shape_oi[1] for site in sites)
-        exact = self.base == "gptq" or self.sketch == 0 or work <= _EXACT_WORK
-        return exact, 0 if exact else self.sketch
+        return self.sketch == 0 or work <= _EXACT_WORK
 
     def _judge_blocks(
         self, model: Model, calibration: Calibration, sites: Sequence[WeightSite]
@@ -154,12 +154,14 @@ class QuantizeAdaDim(CalibratedPass, WeightOnly):
         statistics: SiteStatistics | None,
         judgement: Judgement | None,
         worker: Compensator,
+        exact: bool,
     ) -> Decision | None:
         axes, note = self.axes(site)
         if judgement is not None:
             axes = [choose(judgement.errors)]
         gptq = worker if self.base == "gptq" else None
-        decision = decide(site, self.grid(site), axes, statistics, gptq, by_gptq=self.select == "gptq")
+        by_gptq = self.select == "gptq"
+        decision = decide(site, self.grid(site), axes, statistics, gptq, by_gptq=by_gptq, exact=exact)
         return None if decision is None else replace(decision, judgement=judgement, note=note)
 
     def _write(

@@ -19,7 +19,7 @@ from effic.models.builders import BUILDERS
 from effic.passes.base import Remark, Remarks
 from effic.passes.calibration import Calibration, SiteStatistics
 from effic.passes.quantize import measured_blocks, quantize_adadim
-from effic.passes.quantize.adadim import RANK, Judge, choose, rounded, spectrum
+from effic.passes.quantize.adadim import RANK, Judge, choose, rounded, spectrum, spectrum_of_moment
 from effic.passes.quantize.affine import Grid
 from effic.passes.quantize.measured_blocks import find_blocks
 from effic.passes.quantize.quantize_adadim import QuantizeAdaDim
@@ -620,7 +620,7 @@ def test_a_sketch_judges_by_its_diagonal_and_strongest_directions(in_axis: int) 
     np.testing.assert_allclose(np.diag(moment), np.diag(sketch.T @ sketch), rtol=1e-4)
     weight = random(48, 64)  # [out, in]
     stored = weight if in_axis == 1 else np.ascontiguousarray(weight.T)
-    judge, grid = Judge(statistics(x, sketch[None]), in_axis), Grid(4, 16)
+    judge, grid = Judge(statistics(x, sketch[None]), in_axis, exact=False), Grid(4, 16)
     for axis in ("oc", "ic"):
         candidate = rounded(stored, axis, in_axis, grid)  # type: ignore[arg-type]
         assert candidate is not None
@@ -644,6 +644,34 @@ def test_a_large_model_is_judged_by_a_sketch_and_decides_the_same(monkeypatch: p
         assert found[0]["axis"] == found[1]["axis"]
         for figure in ("error_oc", "error_ic", "output_sqnr_db"):
             assert found[0][figure] == pytest.approx(found[1][figure], rel=0.4)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("select", ["rtn", "gptq"])
+def test_in_a_large_model_the_figures_of_gptq_are_those_of_the_second_moment(
+    monkeypatch: pytest.MonkeyPatch, select: Any, dead: bool
+) -> None:
+    weight, x = random(96, 80), correlated(500, 96)
+    if dead:
+        x[:, [3, 50]] = 0
+    found = []
+    for work in (1e30, 0.0):
+        monkeypatch.setattr(quantize_adadim, "_EXACT_WORK", work)
+        options = {"base": "gptq", "select": select, "bits": 3, "group_size": 32}
+        found.append(passed(apply(linear(weight), {"x": x}, **options))["w"].data)
+    assert found[0]["axis"] == found[1]["axis"]
+    assert found[1]["error_gptq"] == pytest.approx(found[0]["error_gptq"], rel=1e-3)
+    # Many directions here; the approximation keeps four of 24.
+    assert found[1]["error_rtn"] == pytest.approx(found[0]["error_rtn"], rel=0.1)
+
+
+def test_the_strongest_directions_of_a_second_moment_are_found() -> None:
+    x = correlated(400, 64) + 3 * random(1, 64, seed=4)
+    moment = (x.T @ x / 400).astype(np.float32)
+    diagonal, directions = spectrum_of_moment(moment, 4)
+    values = np.linalg.eigvalsh(moment.astype(np.float64))[::-1]
+    np.testing.assert_allclose((directions**2).sum(axis=1), values[:4], rtol=2e-2)
+    np.testing.assert_allclose(diagonal + (directions**2).sum(axis=0), np.diag(moment), rtol=1e-3)
 
 
 # -- real models -------------------------------------------------------------------------------------

@@ -199,6 +199,8 @@ def _session(model: Model, threads: int) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    # Between two runs the caller works on the values: the runtime's threads must not spin meanwhile.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # What the runtime rewrites at a higher level changes the numbers: a DequantizeLinear with a
     # MatMul becomes a kernel with 8-bit activations there.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

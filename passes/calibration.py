@@ -247,7 +247,7 @@ class Calibration:
                     key: Accumulator(rows.groups, rows.width, second_moment=second_moment, sketch=sketch)
                     for key, rows in here.items()
                 }
-                for sample, values in enumerate(parts.run(part, self.feeds())):
+                for sample, values in enumerate(parts.run(part)):
                     text = f"calibrating, part {number + 1} of {len(parts.parts)}"
                     tell(text, sample, self.count)
                     for key, rows in here.items():
@@ -272,11 +272,29 @@ class Calibration:
         for name, rows in found:
             costs[name] = costs.get(name, 0) + _statistics_bytes(rows, second_moment, sketch)
         values = _same_values(model, [a.value for a in found.values()])
-        return Parts(model, values, self._fed(model), costs=costs, breaks=breaks, part_bytes=self.part_bytes)
+        return self._cut(model, values, costs, breaks)
 
     def _plan(self, parts: Parts, cached: bool) -> Plan:
         most = parts.memory(next(self.feeds()))
         return Plan(self.count, len(parts.parts), most + (min(CACHE_BYTES, parts.costs) if cached else 0))
+
+    def _cut(
+        self,
+        model: Model,
+        values: Sequence[ir.Value],
+        costs: Mapping[str, int] | None = None,
+        breaks: Sequence[ir.Node] = (),
+    ) -> Parts:
+        return Parts(
+            model,
+            values,
+            self._fed(model),
+            self.feeds,
+            self.count,
+            costs=costs,
+            breaks=breaks,
+            part_bytes=self.part_bytes,
+        )
 
     def _fed(self, model: Model) -> list[str]:
         first = next(self.feeds())
@@ -296,10 +314,10 @@ class Calibration:
         They are those of the model as it is now, whatever is done to it meanwhile.
         """
         running = model.clone()
-        parts = Parts(running, _same_values(running, values), self._fed(model), part_bytes=self.part_bytes)
+        parts = self._cut(running, _same_values(running, values))
         names = [str(v.name) for v in values]
         try:
-            for values_of_part in parts.gather(self.feeds):
+            for values_of_part in parts.gather():
                 yield {name: values_of_part[name] for name in names}
         finally:
             parts.close()
@@ -324,7 +342,7 @@ class Calibration:
         missing = [v for v in values if str(v.name) not in found]
         if missing:
             tell = self.progress or (lambda text, number, total: None)
-            parts = Parts(model, missing, self._fed(model), part_bytes=self.part_bytes)
+            parts = self._cut(model, missing)
             try:
                 for number, part in enumerate(parts.parts):
                     text = f"measuring ranges, part {number + 1} of {len(parts.parts)}"
@@ -340,7 +358,7 @@ class Calibration:
         self, parts: Parts, part: Part, bins: int, tell: Callable[[int], None]
     ) -> dict[str, RangeStatistics]:
         sums = {str(v.name): RangeAccumulator(bins) for v in part.wanted}
-        for sample, values in enumerate(parts.run(part, self.feeds())):
+        for sample, values in enumerate(parts.run(part)):
             tell(sample)
             for name, one in sums.items():
                 if not one.add(values[name]):

@@ -60,6 +60,8 @@ class Parts:
         model: the model. Between parts its weights may be rewritten: what follows sees it.
         wanted: values of the main graph to hand out, each in the part that makes it.
         fed: names of the graph inputs that samples give.
+        feeds: the samples, anew at every call.
+        count: how many there are.
         costs: bytes that handing out a value takes besides, by name (statistics).
         breaks: nodes that begin a part of their own.
         part_bytes: see :data:`PART_BYTES`.
@@ -70,12 +72,15 @@ class Parts:
         model: Model,
         wanted: Sequence[ir.Value],
         fed: Collection[str],
+        feeds: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+        count: int,
         *,
         costs: Mapping[str, int] | None = None,
         breaks: Collection[ir.Node] = (),
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._model, self._fed, self._costs = model, set(fed), costs or {}
+        self._feeds, self._count = feeds, count
         self._constants = constant_values(model.graph, fed)
         self._wanted = list({id(v): v for v in wanted}.values())
         needed = self._needed()
@@ -120,29 +125,26 @@ class Parts:
         kept = len(self.parts) > 1
         return most + RUNTIME_BYTES + (STORE_BYTES if kept else 0)
 
-    def gather(self, samples: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> Iterator[Arrays]:
+    def gather(self) -> Iterator[Arrays]:
         """Run all parts, and hand out all wanted values of a sample together."""
         if len(self.parts) == 1:
-            yield from self.run(self.parts[0], samples())
+            yield from self.run(self.parts[0])
             return
         found = _Store(self._model.scratch)
-        count = 0
         for part in self.parts:
             found.begin(str(v.name) for v in part.wanted)
-            for number, values in enumerate(self.run(part, samples())):
-                count = number + 1
+            for values in self.run(part):
                 for name, array in values.items():
                     found.put(name, array)
         names = found.names()
-        for number in range(count):
+        for number in range(self._count):
             yield {name: found.get(name, number) for name in names}
 
-    def run(self, part: Part, samples: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Arrays]:
+    def run(self, part: Part) -> Iterator[Arrays]:
         """Run one part, which must be the next, over all samples.
 
         Args:
             part: one of :attr:`parts`.
-            samples: graph inputs by name.
 
         Yields:
             For each sample the wanted values that the part makes, by name.
@@ -154,9 +156,12 @@ class Parts:
         from_store = [name for name in probe.inputs if name in self._store]
         wanted, kept = ([str(v.name) for v in values] for values in (part.wanted, part.kept))
         self._store.begin(kept)
+        # Most parts see nothing of the sample itself: then it is not read again.
+        fresh = [name for name in probe.inputs if name in self._fed]
+        samples: Iterable[Mapping[str, np.ndarray]] = self._feeds() if fresh else [{}] * self._count
         try:
             for number, sample in enumerate(samples):
-                feeds = {name: sample[name] for name in probe.inputs if name in sample}
+                feeds = {name: sample[name] for name in fresh}
                 feeds.update((name, self._store.get(name, number)) for name in from_store)
                 values = probe.run(feeds)
                 for name in kept:

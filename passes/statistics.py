@@ -216,9 +216,18 @@ class _Sketch:
 
 def _root(moment: np.ndarray) -> np.ndarray:
     """``R`` with ``RᵀR = moment``, group by group; the moment may be singular."""
-    values, vectors = np.linalg.eigh(moment.astype(np.float64))
-    roots = np.sqrt(np.maximum(values, 0.0))
-    return np.asarray(roots[:, :, None] * vectors.transpose(0, 2, 1), np.float32)
+    exact = moment.astype(np.float64)
+    width = moment.shape[-1]
+    # Inputs that are always zero, or copies of others, make it singular: far below float32's
+    # precision, this much makes it definite.
+    ridge = 1e-10 * np.trace(exact, axis1=1, axis2=2) / width + np.finfo(np.float32).tiny
+    try:
+        lower = np.linalg.cholesky(exact + ridge[:, None, None] * np.eye(width))
+        return np.asarray(lower.transpose(0, 2, 1), np.float32)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(exact)
+        roots = np.sqrt(np.maximum(values, 0.0))
+        return np.asarray(roots[:, :, None] * vectors.transpose(0, 2, 1), np.float32)
 
 
 def combine(parts: Sequence[SiteStatistics]) -> SiteStatistics:

@@ -365,6 +365,17 @@ def test_output_error_needs_something_to_go_by() -> None:
         only(linear(), [{"x": random(4, 6)}]).output_error(random(5, 7))
 
 
+def test_a_sketch_of_singular_inputs_is_exact() -> None:
+    rows = random(50, 1, 8)
+    rows[:, :, 3], rows[:, :, 5] = 0, rows[:, :, 4]
+    delta = random(6, 8, seed=3)
+    for scale in (1.0, 1e-6, 1e6, 0.0):
+        accumulator = Accumulator(1, 8, second_moment=False, sketch=8)
+        accumulator.add(rows * np.float32(scale))
+        want = float(np.mean((rows[:, 0] * scale @ delta.T) ** 2))
+        assert accumulator.finish().output_error(delta) == pytest.approx(want, rel=1e-4, abs=1e-30)
+
+
 def test_combined_statistics_weigh_rows() -> None:
     parts, rows = [], [random(3, 1, 4), random(30, 1, 4, seed=1)]
     for one in rows:

@@ -50,7 +50,7 @@ def main() -> None:
         rows = []
         for decode in ("load", "call"):
             out = Path(name) / f"{decode}.onnx"
-            target = f"ort-cpu{{decode={decode}}}"
+            target = f"ort-cpu{{ic=exact,decode={decode}}}"
             effic.optimize(source, "quantize-rtn{axis=ic}", output=out, target=target, check="off")
             text = subprocess.run(
                 [sys.executable, "-c", CHILD, str(out)], capture_output=True, text=True, check=True

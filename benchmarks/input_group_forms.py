@@ -1,9 +1,9 @@
 """What the forms of per-input-channel groups cost, for chains of K x K matrices with 4-bit codes.
 
-Two tables: how speed falls with the number of groups, beside what the lowering expects it to be (the
-constants of ``backends/ort/input_groups.py`` were fitted to this); and the forms side by side on a
-chain of 24 matrices, which is larger than any cache. Processor time of one thread (so that other work
-on the machine shows less), the models in turns, the least of each.
+Three tables: how speed falls with the number of groups, beside what the lowering expects it to be (the
+constants of ``backends/ort/input_groups.py`` were fitted to this); the forms side by side on a chain
+of 24 matrices, which is larger than any cache; and the kernels' own error. Times are processor time of
+one thread (so that other work on the machine shows less), the models in turns, the least of each.
 
     python -m benchmarks.input_group_forms [layers]
 """
@@ -24,7 +24,7 @@ from effic.backends import get_backend
 from effic.backends.ort.artifact import OrtArtifact
 from effic.backends.ort.input_groups import read_groups, speed
 from effic.backends.ort.lower_input_groups import LowerInputGroups
-from effic.ir.encodings import Encoding, build, code_tensor
+from effic.ir.encodings import Encoding, build, code_tensor, decode
 from effic.ir.model import Model
 from effic.passes.base import Remarks
 from effic.passes.quantize.dynamic_int8 import quantize_dynamic
@@ -44,6 +44,7 @@ def main(layers: int | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         _sweep(Path(folder))
         _forms(Path(folder), layers)
+        _errors(Path(folder))
 
 
 def _sweep(folder: Path) -> None:
@@ -99,6 +100,32 @@ def _forms(folder: Path, layers: int) -> None:
             f"{times[rows][name] * 1e3:.1f} ({times[rows]['fp32'] / times[rows][name]:.1f}x)" for rows in ROWS
         ]
         print(f"| {name} | {size / 1e6:.0f} MB | " + " | ".join(cells) + " |", flush=True)
+
+
+def _errors(folder: Path) -> None:
+    """‖y - y0‖ / ‖y0‖ where y0 is the exact product with the decoded weight."""
+    print(f"\nError of the kernels, one matrix {WIDTH} x {WIDTH}, 16 rows, standard normal\n")
+    print("| form | error | one input channel x 100 | one row x 100, error of the others |")
+    print("|---|---|---|---|")
+    x = np.random.default_rng(1).standard_normal((16, WIDTH)).astype(np.float32)
+    channel, row = x.copy(), x.copy()
+    channel[:, 7] *= 100
+    row[3] *= 100
+    for name, encoding, target in (
+        ("per output channel", _encoding(128, axis=0), "ort-cpu"),
+        ("split", _encoding(128), "ort-cpu"),
+        ("split, level 0", _encoding(128), "ort-cpu{accuracy_level=0}"),
+        ("prefill", _encoding(128), "ort-cpu{ic=prefill}"),
+        ("exact", _encoding(128), "ort-cpu{ic=exact}"),
+    ):
+        model = _chain(1, encoding)
+        get_backend(target).lower(model, Remarks())
+        artifact = OrtArtifact.load(_saved(folder, "error", model))
+        weight, cells = decode(encoding).astype(np.float64), []
+        for given, rows in ((x, slice(None)), (channel, slice(None)), (row, [0, 1, 2, *range(4, 16)])):
+            got, want = artifact.run({"x": given})["y"][rows], (given.astype(np.float64) @ weight)[rows]
+            cells.append(f"{np.linalg.norm(got - want) / np.linalg.norm(want):.1e}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def _label(form: str, level: int) -> str:

@@ -60,6 +60,9 @@ class QuantizeInt8(CalibratedPass):
     last: Literal["int8", "float"] = option("int8", help="the layers that give the model's outputs")
     equalize: bool = option(False, help="equalise the channels between layers first, as equalize-layers does")
     bias_correction: bool = option(True, help="give back to the biases the means that rounding shifted")
+    reduce_range: bool = option(
+        False, help="mode=dynamic: 7-bit weights, for x86 processors without VNNI, whose sums saturate"
+    )
     skip: tuple[str, ...] = option(
         (), help="what to leave alone: patterns of weight or node names, or kind:Conv"
     )
@@ -73,7 +76,7 @@ class QuantizeInt8(CalibratedPass):
         if self.mode == "dynamic" or calibration is None:
             from effic.passes.quantize.dynamic_int8 import quantize_dynamic
 
-            quantize_dynamic(model, remarks, kinds=self.kinds, skip=self.skip)
+            quantize_dynamic(model, remarks, kinds=self.kinds, skip=self.skip, reduce_range=self.reduce_range)
             return
         found = self._layers(model, remarks)
         if not found:

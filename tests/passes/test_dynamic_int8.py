@@ -12,6 +12,7 @@ from effic.ir.verify import verify
 from effic.models.builders import BUILDERS
 from effic.passes.base import Remarks
 from effic.passes.quantize.dynamic_int8 import quantize_dynamic
+from effic.passes.quantize.quantize_int8 import QuantizeInt8
 
 
 def parse(text: str) -> Model:
@@ -187,3 +188,12 @@ def test_seeded_models_stay_near_and_the_lowered_file_agrees_with_the_canonical_
     near = compare_outputs(canonical, Oracle(model, optimized=True).run(inputs))
     assert near.cosine > 0.999
     assert near.sqnr_db > far.sqnr_db
+
+
+def test_it_is_the_dynamic_mode_of_quantize_int8() -> None:
+    model = with_weight(LINEAR, (64, 48))
+    remarks = Remarks()
+    QuantizeInt8(mode="dynamic", reduce_range=True).apply(model, remarks)
+    assert remarks.items[0].data["method"] == "int8-dynamic"
+    assert remarks.items[0].data["bits"] == 7
+    verify(model)

@@ -139,7 +139,7 @@ class QuantizeGPTQ(CalibratedPass, WeightOnly):
             run = site.run_axis(self.axis)
             block = grid.block(site.matrix_shape[run])
             delta = dequantize(codes, scales, zeros, run if block else 1 - run, block)
-            delta = np.subtract(matrix, delta, dtype=np.float32)
+            delta = np.subtract(matrix, delta, out=delta) if delta.dtype == np.float32 else matrix - delta
             figures = _quality(site, statistics, matrix, delta)
             del weight
         encoded = encoding_of(model, site, grid, self.axis, codes, scales, zeros)

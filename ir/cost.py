@@ -12,10 +12,17 @@ import onnx_ir as ir
 from effic.ir.model import Model, constant_tensor, describe
 from effic.ir.shapes import static_shapes
 
-_MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits")
+_INTEGER = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+_MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", *_INTEGER)
 
 # Inputs that describe an encoded weight (scales, zero points): bytes, but no parameters.
-_METADATA_INPUTS = {"DequantizeLinear": (1, 2), "QuantizeLinear": (1, 2), "MatMulNBits": (2, 3)}
+_METADATA_INPUTS = {
+    "DequantizeLinear": (1, 2),
+    "QuantizeLinear": (1, 2),
+    "MatMulNBits": (2, 3),
+    "DynamicQuantizeMatMul": (2, 3),
+    "MatMulIntegerToFloat": (3, 5),
+}
 
 
 @dataclasses.dataclass
@@ -198,6 +205,9 @@ def _macs(node: ir.Node, shapes: _Shapes) -> int | None:
             return None
         transposed = "transA" in node.attributes and node.attributes["transA"].as_int() == 1
         return math.prod(out) * left[0 if transposed else -1]
+    if op in _INTEGER:
+        left, weight = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+        return None if left is None or weight is None else math.prod(left) * weight[-1]
     if op == "MatMulNBits":
         out = shapes.of(node.outputs[0])
         left = shapes.of(node.inputs[0])

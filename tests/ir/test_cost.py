@@ -79,7 +79,7 @@ def test_a_second_count_reuses_inferred_shapes() -> None:
 
 def test_dynamic_integer_kernels_multiply() -> None:
     text = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
-        g (float[N,4] x) => (float[N,3] y, float[N,3] z) 
+        g (float[N,4] x) => (float[N,3] y, float[N,3] z)
             <int8[4,3] w = {1,2,3,4,5,6,7,8,9,10,11,12}, float[3] s = {1,1,1}> {
             y = com.microsoft.DynamicQuantizeMatMul(x, w, s)
             c, a, p = DynamicQuantizeLinear(x)

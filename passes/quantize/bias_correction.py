@@ -68,14 +68,16 @@ def correct_biases(
     inputs = [found[0].input for found in readers.values()]
     names = {str(v.name) for v in model.graph.inputs}
     fed = [name for name in next(calibration.feeds()) if name in names]
-    parts = Parts(model, inputs, fed, breaks=[layer.node for layer in layers])
+    parts = Parts(
+        model, inputs, fed, calibration.feeds, calibration.count, breaks=[layer.node for layer in layers]
+    )
     largest: dict[Layer, float] = {}
     try:
         for part in parts.parts:
             here = [layer for value in part.wanted for layer in readers[str(value.name)]]
             probes = {layer: Probe(model, [layer.input], [layer.node.outputs[0]]) for layer in here}
             sums = {layer: _Mean(layer) for layer in here}
-            for values in parts.run(part, calibration.feeds()):
+            for values in parts.run(part):
                 for layer, probe in probes.items():
                     name = str(layer.node.outputs[0].name)
                     sums[layer].add(probe.run({n: values[n] for n in probe.inputs})[name])

@@ -37,6 +37,8 @@ _CANDIDATES = 64
 _SHORTEST = 0.1
 # TensorRT compares with 128 levels, not with 256: with few bins per level everything looks alike.
 _ENTROPY_LEVELS = 128
+# Share of the probability that is spread over all bins of the coarse distribution (as onnxruntime does).
+_EVERYWHERE = 1e-4
 
 
 class Thresholds(NamedTuple):
@@ -202,6 +204,6 @@ def _divergence(counts: np.ndarray, first: int, last: int) -> float:
         return math.inf
     p, q = clipped / clipped.sum(), coarse / coarse.sum()
     known = p > 0
-    if (q[known] == 0).any():
-        return math.inf
+    # What is clipped lands where nothing was: without a little everywhere that would count as infinitely bad.
+    q = (1 - _EVERYWHERE) * q + _EVERYWHERE / int(known.sum())
     return float(np.sum(p[known] * np.log(p[known] / q[known])))

@@ -29,12 +29,14 @@ def explain(name: str, as_json: bool) -> None:
                 "name": name,
                 "numerics": found.numerics.value,
                 "needs_opset": found.needs_opset,
+                "needs_data": found.wants_data(),
                 "documentation": text,
                 "options": options,
             }
         )
         return
     needs = f", needs opset {found.needs_opset}" if found.needs_opset else ""
+    needs += ", needs calibration data" if found.wants_data() else ""
     console.print_result(f"{name} ({found.numerics.value}{needs})", "", text, "")
     if not options:
         console.print_result("It has no options.")
@@ -45,8 +47,9 @@ def explain(name: str, as_json: bool) -> None:
         limits = f", {option['limits']}" if option["limits"] else ""
         console.print_result(f"  {option['name']}: {option['type']}, {default}{limits}")
         console.print_result(f"      {option['help']}")
+    data = " --calib data.npz" if found.wants_data() else ""
     console.print_result(
-        "", f"For example: effic optimize model.onnx --passes '{_example(name, options)}' -o out.onnx"
+        "", f"For example: effic optimize model.onnx --passes '{_example(name, options)}'{data} -o out.onnx"
     )
 
 

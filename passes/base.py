@@ -116,6 +116,11 @@ class Pass(abc.ABC):
         """First line of the docstring."""
         return (inspect.getdoc(cls) or "").partition("\n")[0]
 
+    @classmethod
+    def wants_data(cls) -> bool:
+        """Whether the pass needs calibration data, as far as its options are left as they are."""
+        return False
+
 
 @dataclass(frozen=True)
 class CalibratedPass(Pass):
@@ -142,6 +147,14 @@ class CalibratedPass(Pass):
                 f"{self.name} needs calibration data; give some with --calib DATA "
                 "(arrays as .npz, .npy, .safetensors or a folder of them), or made-up data with --calib random"
             )
+
+    @classmethod
+    def wants_data(cls) -> bool:
+        required = any(
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            for field in dataclasses.fields(cls)
+        )
+        return required or cls().needs_data
 
     def apply(self, model: Model, remarks: Remarks) -> None:
         self.apply_with(model, None, remarks)

@@ -99,12 +99,19 @@ def test_explain_every_pass(name: str) -> None:
 
 
 def test_the_example_of_explain_can_be_run() -> None:
+    from effic.passes.base import CalibratedPass
     from effic.passes.spec import parse_passes
 
     for name in PASSES:
-        for line in invoke("explain", name).stdout.splitlines():
+        text = invoke("explain", name).stdout
+        needs = json.loads(invoke("explain", name, "--json").stdout)["needs_data"]
+        assert ("needs calibration data" in text.splitlines()[0]) == needs
+        for line in text.splitlines():
             if line.startswith("For example: "):
-                assert parse_passes(line.split("'")[1])[0].name == name
+                (item,) = parse_passes(line.split("'")[1])
+                assert item.name == name
+                assert not needs or (isinstance(item, CalibratedPass) and item.needs_data)
+                assert (" --calib data.npz " in line) == needs
 
 
 def test_explain_an_unknown_pass() -> None:

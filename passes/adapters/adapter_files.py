@@ -1,79 +1,139 @@
-"""Adapters as they lie on disk: one folder, one module after the other, nothing copied.
+"""Adapters as they lie on disk: PEFT folders, and effic's reading of kinds that PEFT does not write.
 
-An adapter changes the weights of single modules of a base model. :class:`AdapterModule` is what a
-file says about one of them, arrays as stored.
+A folder holds ``adapter_config.json`` (:mod:`effic.passes.adapters.adapter_config`) and
+``adapter_model.safetensors``, or an older ``adapter_model.bin``, of which nothing but tensors is
+unpickled. Keys of the tensors, after ``base_model.model.`` is taken off the front and ``.default`` out of
+the middle::
+
+    <module>.lora_A.weight  .lora_B.weight  .lora_B.bias     Linear, Conv, and (with target_parameters) experts
+    <module>.lora_embedding_A  .lora_embedding_B             Embedding
+    <module>.lora_magnitude_vector[.weight]                  DoRA
+    <module>.token_adapter.trainable_tokens_delta            rows of an embedding, replaced
+    <module>[.base_layer].weight  .bias                      replaced as a whole: modules_to_save, trained biases
+
+PEFT 0.21 writes none of PaCA, S²FT, SVFit and L4Q, and their papers fix no file. What is read here is
+effic's own layout, the same config with another ``peft_type``; whether any training code writes it is not
+verified:
+
+=========  =============================================================================================
+PACA       ``.paca_w`` ``[out, r]``, ``.paca_indices`` ``[r]``; σ = ``paca_alpha`` (or ``lora_alpha``) / r
+S2FT       ``.s2``, ``.s2_axis`` (0: rows, as for v and up; 1: columns, as for o and down), ``.s2_start``,
+           and ``.s2_order``, the permutation over the channels of that axis, where there was one
+SVFIT      ``.svfit_u`` ``[out, r]``, ``.svfit_v`` ``[in, r]``, ``.svfit_sigma`` ``[r]``, and perhaps
+           ``.svfit_sigma0``, the values before training
+L4Q        ``.lora_A.weight``, ``.lora_B.weight``, ``.l4q_scale`` and ``.l4q_offset`` ``[out, groups]``,
+           ``bits`` in the config
+=========  =============================================================================================
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
+import hashlib
+import os
+import stat
 
+import ml_dtypes
 import numpy as np
 
-Kind = Literal["linear", "conv", "embedding", "expert"]
-Method = Literal["lora", "paca", "s2ft", "svfit", "l4q"]
+from effic.ir.errors import InvalidModelError, MissingExtraError, UsageError
+from effic.ir.safetensors_format import read_safetensors
+from effic.passes.adapters.adapter_config import CONFIG_BYTES, read_settings
+from effic.passes.adapters.adapter_tensors import Adapter, AdapterModule, Kind, Method, Sorting
+
+__all__ = ["CONFIG", "TENSORS", "Adapter", "AdapterModule", "Kind", "Method", "read_adapter"]
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdapterModule:
-    """What an adapter says about one module. Arrays are views of the file: read-only, in its dtype.
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter folder.
 
-    ``extra`` by method:
+    Tensors stay in their file; what is checked on reading is everything that can be without a base:
+    names, dtypes, shapes against one another and against the configuration, and that all numbers are
+    finite.
 
-    ======  ==========================================================================================
-    paca    ``paca_w`` ``[out, r]``, ``paca_indices`` ``[r]`` (input columns that ``scaling · paca_w``
-            takes the place of)
-    s2ft    ``s2`` ``[k, in]`` or ``[out, k]``; ``axis`` (0 or 1) and ``start``, arrays of rank 0: the
-            axis of the weight and the first selected channel, in the permuted model; ``order``
-            ``[channels of the axis]``, absent when nothing was permuted: channel ``i`` of the permuted
-            model is channel ``order[i]`` of the original one
-    svfit   ``u`` ``[out, r]``, ``v`` ``[in, r]``, ``sigma`` ``[r]`` (trained), ``sigma0`` ``[r]`` (of
-            the base; absent when the file lacks it, then it is ``diag(uᵀ W v)``)
-    l4q     ``scale`` and ``offset`` ``[out, groups along in]``, ``bits`` (rank 0)
-    ======  ==========================================================================================
-
-    Attributes:
-        path: the module's path in the base model, ``encoder.layer.0.attention.self.query``.
-        kind: what the module is; ``expert``: a stack of matrices, see ``a``.
-        a: ``[r, in]`` (linear), ``[r, I, k…]`` (conv), ``[r, V]`` (embedding), ``[E·r, in]``, expert by
-            expert (expert); None for methods without factors.
-        b: ``[out, r]``, ``[O, r, 1…]``, ``[d, r]``, or ``[out, r·E]`` with the expert running fastest.
-        rank: r of this module.
-        scaling: σ, the factor on ``B·A``: ``alpha / r``, or ``alpha / √r`` for rsLoRA.
-        alpha: α of this module.
-        use_rslora: whether σ is ``alpha / √r``.
-        magnitude: DoRA's m in the shape of the file: ``[out]``, ``[1, O, 1…]`` or ``[d]``; None without.
-        lora_bias: bias of B, ``[out]``, or None.
-        fan_in_fan_out: the training framework stored the weight as ``[in, out]``. Deltas are
-            ``[out, in]`` all the same, as A and B are.
-        init: ``init_lora_weights`` of the config, where it changed the base weight (``"pissa"`` …).
-        initial: the adapter as training started, where it is known (``B·A - B₀·A₀`` is the change).
-        experts: E for kind ``expert``, else 1.
-        method: how the arrays are to be read.
-        extra: arrays of the methods that are not LoRA.
-        adapter: name of the adapter, for messages.
+    Raises:
+        UsageError: there is no such folder, or it lacks a file.
+        InvalidModelError: the adapter is broken, hostile, or of a kind that cannot be merged.
+        MissingExtraError: the tensors are in a ``.bin`` file and torch is not installed.
     """
+    path = os.fspath(path)
+    if not os.path.isdir(path):
+        raise UsageError(f"{path} is no folder; name the folder that holds {CONFIG} and {TENSORS}.")
+    name = os.path.basename(os.path.abspath(path))
+    where = _file(path, CONFIG)
+    if where is None:
+        raise UsageError(f"{path} has no {CONFIG}; name the folder of a PEFT adapter.")
+    with open(where, "rb") as file:
+        text = file.read(CONFIG_BYTES + 1)
+    if len(text) > CONFIG_BYTES:
+        raise InvalidModelError(f"{where} has more than {CONFIG_BYTES} bytes; that is no configuration.")
+    settings = read_settings(text, where)
+    digest = hashlib.sha256(text)
+    if (found := _file(path, TENSORS)) is not None:
+        tensors, _, mapped = read_safetensors(found)
+        digest.update(bytes.fromhex(mapped.sha256()))
+    elif (found := _file(path, PICKLE)) is not None:
+        tensors = _read_pickle(found)
+        with open(found, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    else:
+        raise UsageError(f"{path} has no {TENSORS}; name the folder of a PEFT adapter.")
+    sorting = Sorting(name, found, settings)
+    for key, tensor in tensors.items():
+        sorting.take(key, tensor)
+    return sorting.finish(path, digest.hexdigest())
 
-    path: str
-    kind: Kind = "linear"
-    a: np.ndarray | None = None
-    b: np.ndarray | None = None
-    rank: int = 0
-    scaling: float = 1.0
-    alpha: float = 1.0
-    use_rslora: bool = False
-    magnitude: np.ndarray | None = None
-    lora_bias: np.ndarray | None = None
-    fan_in_fan_out: bool = False
-    init: str | bool = True
-    initial: AdapterModule | None = None
-    experts: int = 1
-    method: Method = "lora"
-    extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    adapter: str = ""
 
-    @property
-    def use_dora(self) -> bool:
-        """Whether the weight's rows are rescaled after the addition."""
-        return self.magnitude is not None
+def _file(folder: str, name: str) -> str | None:
+    """The path of a file of the folder, or None where there is none.
+
+    Raises:
+        InvalidModelError: it is a link that leaves the folder. The links of a hub cache, from
+            ``snapshots/<revision>/`` to ``blobs/`` of the same repository, may.
+    """
+    path = os.path.join(folder, name)
+    if not os.path.lexists(path):
+        return None
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    allowed = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    if not any(os.path.dirname(real) == place for place in allowed):
+        raise InvalidModelError(f"{path} is a link that leaves its folder; copy the file there instead.")
+    try:
+        status = os.stat(real)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidModelError(f"{path} is no regular file.")
+    return path
+
+
+def _read_pickle(path: str) -> dict[str, np.ndarray]:
+    """The tensors of a ``.bin`` file; anything else in it is refused, unexecuted."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError("torch", "torch", f"reading {os.path.basename(path)}") from error
+    import pickle
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InvalidModelError(
+            f"{path} holds something else than tensors, or is damaged, and was not opened; "
+            f"save the adapter as {TENSORS}."
+        ) from error
+    if not isinstance(found, dict):
+        raise InvalidModelError(f"{path} is no table of tensors; save the adapter as {TENSORS}.")
+    tensors = {}
+    for key, tensor in found.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise InvalidModelError(f"{path} holds {key!r:.80}, which is no named dense tensor.")
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            tensors[key] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            tensors[key] = tensor.numpy()
+    return tensors

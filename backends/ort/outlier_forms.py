@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from effic.backends.ort.blocks import INT8_ACTIVATIONS
 from effic.backends.ort.scenes import EncodedInput, graph_of, put_named
-from effic.ir.encodings import Encoding, code_values, dequantize
+from effic.ir.encodings import Encoding, decode
 from effic.ir.model import Model
 
 EXACT_FORMS = ("coo", "gather", "ell", "fold")
@@ -94,9 +94,8 @@ def corrections(encoding: Encoding, k_axis: int, factor: float = 1.0) -> Correct
     assert outliers is not None
     row, column = np.divmod(outliers.indices, encoding.shape[1])
     # Usually zero; who wrote other codes there must have them taken off.
-    codes = code_values(encoding)
-    if codes[row, column].any() or encoding.zero_points is not None:
-        under = dequantize(codes, encoding.scales, encoding.zero_points, encoding.axis, encoding.block_size)
+    if encoding.zero_points is not None or _codes_at(encoding.codes, outliers.indices).any():
+        under = decode(dataclasses.replace(encoding, outliers=None))
         values = outliers.values - under[row, column]
     else:
         values = outliers.values
@@ -109,6 +108,15 @@ def corrections(encoding: Encoding, k_axis: int, factor: float = 1.0) -> Correct
     return Corrections(
         inputs, outputs, rows[kept].astype(np.int32), columns[kept].astype(np.int32), values[kept]
     )
+
+
+def _codes_at(codes: ir.TensorProtocol, places: np.ndarray) -> np.ndarray:
+    """The codes at some flat positions, as unsigned numbers; the others are not unpacked."""
+    bits = codes.dtype.bitwidth
+    per_byte = 8 // bits
+    raw = np.frombuffer(codes.tobytes(), np.uint8)[places // per_byte]
+    found: np.ndarray = (raw >> (places % per_byte * bits).astype(np.uint8)) & np.uint8((1 << bits) - 1)
+    return found
 
 
 def costs(sparse: Corrections, rows: int, level: int) -> dict[str, float]:

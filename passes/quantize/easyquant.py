@@ -16,11 +16,12 @@ error never grows.
 The alternation starts from the best of 32 scales, found on a histogram of up to 512 weights of each
 channel. On Gaussian weights at 4 bits it is then 0.1 dB from the best scale there is; from ``s0``
 (1.8 dB away) it needs a hundred steps to come as near. All work is done on slabs that stay in the
-second-level cache, about ten operations per weight and step.
+caches, about ten operations per weight and step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -36,9 +37,9 @@ from effic.passes.quantize.affine import Grid, parameters
 # Adding it to a float32 of moderate size rounds half to even; see the affine quantizer.
 _ROUND = np.float32(12582912.0)
 
-# Weights optimised at a time (with two buffers, most of a 1 MiB cache), and weights fetched at a time:
-# a row of the file should give some cache lines when channels are columns.
-_SLAB = 1 << 16
+# Weights optimised at a time (fewer would fit a second-level cache better, but pay more for the calls),
+# and weights fetched at a time: a row of the file should give some cache lines when channels are columns.
+_SLAB = 1 << 17
 _PANEL = 1 << 18
 _LEAST_COLUMNS = 64
 
@@ -123,23 +124,26 @@ def easyquant(
     width = max(1, _PANEL // length) if axis == 1 else max(_LEAST_COLUMNS, _PANEL // length // 8 * 8)
     fetched = np.empty((min(width, channels), length), np.float32)
     codes = np.empty(fetched.shape, np.int8)
+    step = max(1, _SLAB // length)
+    buffers = np.empty((2, min(step, channels) * length), np.float32)
     for start in range(0, channels, width):
         stop = min(start + width, channels)
         panel = fetched[: stop - start]
         _fetch(matrix, axis, start, stop, panel)
-        positions = outlier_positions(panel, low, high)
-        exact = panel.reshape(-1)[positions]
-        panel.reshape(-1)[positions] = 0
-        places.append(_stored_positions(positions, start, length, channels, axis))
-        values.append(exact.astype(matrix.dtype))
-        step = max(1, _SLAB // length)
         for first in range(0, stop - start, step):
             slab = slice(first, min(first + step, stop - start))
+            positions = outlier_positions(panel[slab], low, high)
+            exact = panel[slab].reshape(-1)[positions]
+            panel[slab].reshape(-1)[positions] = 0
+            places.append(_stored_positions(positions, start + first, length, channels, axis))
+            values.append(exact.astype(matrix.dtype))
             for part, into in _lines(panel[slab], codes[slab], block):
-                fitted = fit(part, grid, matrix.dtype, search)
-                into[...] = fitted.codes.reshape(into.shape)
-                scales.append(fitted.scales.reshape(into.shape[0], -1))
-                noise += fitted.noise
+                room = Room(*(b[: part.size].reshape(part.shape) for b in buffers))
+                with _unbuffered():
+                    scale, error = fit(part, grid, matrix.dtype, search, room)
+                np.copyto(into, room.codes.reshape(into.shape), casting="unsafe")
+                scales.append(scale.reshape(into.shape[0], -1))
+                noise += error
         out.put(start, codes[: stop - start])
         if give_back is not None and axis == 1:
             give_back(stop)
@@ -236,16 +240,27 @@ def _ascending(indices: np.ndarray, values: np.ndarray, axis: int) -> tuple[np.n
 # -- scales --------------------------------------------------------------------------------------
 
 
-class Fitted(NamedTuple):
-    """Lines of weights on their grids: ``codes`` int8 ``[lines, length]``, ``scales`` ``[lines]`` and
-    the sum of squared errors."""
+class Room(NamedTuple):
+    """Two buffers of the shape of the weights. They are kept from slab to slab: memory fresh from the
+    system costs more than the arithmetic.
+
+    Attributes:
+        codes: what :func:`measure` rounded to, float32.
+        spare: scratch.
+    """
 
     codes: np.ndarray
-    scales: np.ndarray
-    noise: float
+    spare: np.ndarray
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> Room:
+        """New buffers."""
+        return cls(np.empty(shape, np.float32), np.empty(shape, np.float32))
 
 
-def fit(lines: np.ndarray, grid: Grid, dtype: np.dtype, search: Search) -> Fitted:
+def fit(
+    lines: np.ndarray, grid: Grid, dtype: np.dtype, search: Search, room: Room
+) -> tuple[np.ndarray, float]:
     """Find the scale of each line and round its weights.
 
     Args:
@@ -253,6 +268,10 @@ def fit(lines: np.ndarray, grid: Grid, dtype: np.dtype, search: Search) -> Fitte
         grid: bits.
         dtype: what scales are stored as; errors are those of the stored scale.
         search: how to optimise.
+        room: gets the codes.
+
+    Returns:
+        Scales ``[lines]`` and the sum of squared errors.
     """
     low, high = lines.min(axis=1), lines.max(axis=1)
     first, _ = parameters(np.minimum(low, 0), np.maximum(high, 0), _absmax(grid), dtype)
@@ -266,38 +285,38 @@ def fit(lines: np.ndarray, grid: Grid, dtype: np.dtype, search: Search) -> Fitte
         # A scale so small that the storage type loses it stays the first one.
         return np.where(stored > 0, stored / wide, 1).astype(np.float32)
 
-    codes, ratio, errors = optimise(lines, grid, search, storable)
-    scales = (wide * ratio).astype(dtype)
-    unit = np.square(wide, dtype=np.float64)
-    return Fitted(codes, scales, float(np.dot(errors, unit)))
+    ratio, errors = optimise(lines, grid, search, storable, room)
+    return (wide * ratio).astype(dtype), float(np.dot(errors, np.square(wide, dtype=np.float64)))
 
 
 def optimise(
-    lines: np.ndarray, grid: Grid, search: Search, storable: Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, ratio to the first scale and squared error of each line.
+    lines: np.ndarray,
+    grid: Grid,
+    search: Search,
+    storable: Callable[[np.ndarray], np.ndarray],
+    room: Room,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ratio to the first scale and squared error of each line.
 
     Args:
         lines: float32 ``[lines, length]``, weights in units of their first scale.
         grid: bits.
         search: how to optimise.
         storable: rounds ratios to those whose scale the storage type holds.
+        room: gets the codes.
 
     Returns:
-        int8 ``[lines, length]``, float32 ``[lines]`` and float32 ``[lines]`` in squared units.
+        float32 ``[lines]`` and float32 ``[lines]`` in squared units.
     """
-    room = Room(lines.shape)
     ones = np.ones(len(lines), np.float32)
     if search.steps == 0:
-        error = measure(lines, ones, grid, room).error
-        return room.codes.astype(np.int8), ones, error
+        return ones, measure(lines, ones, grid, room).error
     first = first_error(lines, room)
     if search.optimizer == "adam":
         ratio = adam(lines, grid, search, storable, room)
     else:
         ratio = alternate(lines, grid, search.steps - 1, storable, room)
     last = measure(lines, ratio, grid, room)
-    codes = room.codes.astype(np.int8)
     error = last.error
     if search.optimizer == "exact":
         # The best scale for these very codes, whose error follows without another sweep.
@@ -307,17 +326,10 @@ def optimise(
         ratio, error = np.where(refitted < error, (better, refitted), (ratio, error))
     worse = np.flatnonzero(first < error)
     if worse.size:
-        part = Room((worse.size, lines.shape[1]))
+        part = Room.of((worse.size, lines.shape[1]))
         measure(lines[worse], ones[worse], grid, part)
-        codes[worse], ratio[worse], error[worse] = part.codes, 1, first[worse]
-    return codes, ratio, error
-
-
-class Room:
-    """Buffers of one shape: ``codes`` holds what :func:`measure` rounded to, as float32."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.codes, self.spare = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        room.codes[worse], ratio[worse], error[worse] = part.codes, 1, first[worse]
+    return ratio, error
 
 
 class Measured(NamedTuple):
@@ -429,6 +441,16 @@ def _refitted(ratio: np.ndarray, at: Measured) -> np.ndarray:
     some = at.energy > 0
     better = ratio - at.slope / np.where(some, at.energy, 1)
     return np.where(some & (better > 0), better, ratio)
+
+
+@contextlib.contextmanager
+def _unbuffered() -> Iterator[None]:
+    """Rows longer than numpy's buffer are multiplied by a number per row at twice the speed."""
+    before = np.setbufsize(512)
+    try:
+        yield
+    finally:
+        np.setbufsize(before)
 
 
 def _absmax(grid: Grid) -> Grid:

@@ -205,7 +205,7 @@ def test_clamped_gradient_agrees_with_finite_differences(ratio: float) -> None:
     lines = rng.uniform(-3, 3, (5, 64)).astype(np.float32)
     at = np.full(5, ratio, np.float32)
     # Off the points where a code jumps the error is smooth; the codes stay those of `ratio`.
-    room = Room(lines.shape)
+    room = Room.of(lines.shape)
     here = measure(lines, at, grid, room)
     codes = room.codes.astype(np.float64)
     assert (np.abs(codes) <= 4).all()

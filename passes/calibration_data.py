@@ -211,7 +211,11 @@ def _from_iterable(feeds: Any, source: str, samples: int, window: int | None) ->
         )
     if isinstance(feeds, Sequence):
         return _Raw(source, len(feeds), lambda number: _as_arrays(feeds[number], number, source))
-    rows = [_as_arrays(f, n, source) for n, f in enumerate(itertools.islice(feeds, samples))]
+    # Copies: a generator may hand out the same buffer again and again.
+    rows = [
+        {name: array.copy() for name, array in _as_arrays(feed, number, source).items()}
+        for number, feed in enumerate(itertools.islice(feeds, samples))
+    ]
     return _Raw(source, len(rows), lambda number: rows[number])
 
 

@@ -210,6 +210,16 @@ def test_functions_and_iterables_give_feeds() -> None:
     assert load([{"x": images(2)}])[0]["x"].shape == (2, 3, 4, 4)
 
 
+def test_a_generator_may_use_one_buffer() -> None:
+    def feeds() -> Iterator[dict[str, np.ndarray]]:
+        buffer = np.zeros((1, 3, 4, 4), np.float32)
+        for i in range(3):
+            buffer[:] = i
+            yield {"x": buffer}
+
+    assert [f["x"].max() for f in load(feeds)] == [0, 1, 2]
+
+
 def test_a_function_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_samples.py").write_text(
         "import numpy as np\ndef feeds():\n    yield {'x': np.ones((1, 3, 4, 4), np.float32)}\nnumber = 3\n"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import lzma
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from typing import IO, Any
@@ -22,6 +25,12 @@ MOST_UNPACKED = 4 << 30
 """A compressed array has to be held in memory; a larger one is refused."""
 
 _HEADER_BYTES = 100 << 20
+_NPY_HEADER_BYTES = 1 << 16
+# What NumPy, zip and JSON raise over files that are not what they say.
+_BROKEN = (
+    ValueError, TypeError, KeyError, EOFError, SyntaxError, RecursionError, OverflowError, NotImplementedError,
+    struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 _SAFETENSORS = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
@@ -53,7 +62,7 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
             )
     except OSError as error:
         raise UsageError(f"cannot read the calibration data {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, KeyError, struct.error, zipfile.BadZipFile, zlib.error) as error:
+    except _BROKEN as error:
         reason = first_line(error)
         if "pickle" in reason or "Python objects" in reason:
             reason = "they hold Python objects, which are never loaded; save arrays of numbers"
@@ -92,12 +101,14 @@ def _map_member(file: IO[bytes], path: str, info: zipfile.ZipInfo) -> np.ndarray
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     start = info.header_offset + 30 + name_length + extra_length
     file.seek(start)
-    version = np.lib.format.read_magic(file)
+    # Of this entry alone: a header that is cut short must not go on in the next.
+    head = io.BytesIO(file.read(min(info.file_size, _NPY_HEADER_BYTES)))
+    version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = read(head)
     if dtype.hasobject:
         raise ValueError(f"the array '{info.filename}' holds Python objects, which are never loaded")
-    at = file.tell()
+    at = start + head.tell()
     size = math.prod(shape) * dtype.itemsize
     if at + size > start + info.file_size:
         raise ValueError(f"the array '{info.filename}' is cut short")

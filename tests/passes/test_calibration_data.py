@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import struct
@@ -15,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
@@ -342,6 +345,29 @@ def test_broken_files_are_refused_in_a_sentence(kind: str, cut: int, tmp_path: P
     else:
         path.write_bytes(safetensors({"x": ("F32", images())})[:cut])
     assert "cannot read the calibration data" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Reading")  # of headers that look like Python 2
+@given(
+    place=st.integers(0, 400), byte=st.integers(0, 255), kind=st.sampled_from(["npy", "npz", "safetensors"])
+)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_byte_that_is_wrong_is_refused_or_harmless(
+    place: int, byte: int, kind: str, tmp_path: Path
+) -> None:
+    stream = io.BytesIO()
+    np.savez(stream, x=images(1))
+    whole = {
+        "npy": npy(images(1)),
+        "npz": stream.getvalue(),
+        "safetensors": safetensors({"x": ("F32", images(1))}),
+    }
+    data = bytearray(whole[kind])
+    data[place % len(data)] = byte
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(data)
+    with contextlib.suppress(UsageError):
+        calibration_files.read_arrays(str(path))
 
 
 @pytest.mark.parametrize(

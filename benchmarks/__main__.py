@@ -13,6 +13,7 @@ NAMES = (
     "accuracy_level",
     "decode",
     "input_group_forms",
+    "outlier_forms",
     "int8_static",
     "real_models",
 )

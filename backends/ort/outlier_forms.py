@@ -43,7 +43,7 @@ _CODES = {True: (4e3, 0.015, 0.0145), False: (4e3, 0.08, 0.03)}
 _CODES_8_BIT = (4e3, 0.045, 0.015)
 _COO = (12e3, 0.0, 8.5)
 _GATHER = (8e3, 0.2, 0.03)
-_ELL = (15e3, 30.0, 2.0)
+_ELL = (15e3, 20.0, 1.8)
 
 _FOLD_HANDICAP = 1.25
 """A decoded weight takes the memory of an uncompressed one: worth it when a quarter is gained."""
@@ -103,7 +103,8 @@ def corrections(encoding: Encoding, k_axis: int, factor: float = 1.0) -> Correct
         values = values * values.dtype.type(factor)
     inputs, outputs = encoding.shape[k_axis], encoding.shape[1 - k_axis]
     rows, columns = (row, column) if k_axis == 0 else (column, row)
-    order = np.lexsort((columns, rows))
+    # Stable, so that columns stay ascending; of rows in order already, as they are stored, it is quick.
+    order = np.argsort(rows, kind="stable")
     kept = order[values[order] != 0]
     return Corrections(
         inputs, outputs, rows[kept].astype(np.int32), columns[kept].astype(np.int32), values[kept]

@@ -16,6 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+CORE = int(os.environ.get("EFFIC_BENCH_CORE", "0"))
+"""The core that measured processes are pinned to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -68,7 +71,7 @@ print(json.dumps([process.returncode, wall, cpu, usage.ru_maxrss * 1024]))
 """
 
 
-def run(code_or_command: str | Sequence[str], core: int = 0) -> Run:
+def run(code_or_command: str | Sequence[str], core: int = CORE) -> Run:
     """Run Python code or a command as a process of its own, pinned to one core.
 
     Raises:

@@ -39,10 +39,11 @@ class LowerEncodings(Pass):
     result does not depend on the session's options. A scale that covers more than the largest block
     is repeated, 3-bit codes run as 4-bit ones, nodes that share a weight share its blocks.
 
-    Weights whose groups run along the output channels are left to ``lower-input-groups``.
+    Weights whose groups run along the output channels are left to ``lower-input-groups``, those with
+    exact weights beside the codes to ``lower-outliers``.
 
-    Missed when no block size divides the group, when weights are kept beside the codes, and where the
-    runtime's kernel would decode the whole weight at every call (8 bits below accuracy level 4).
+    Missed when no block size divides the group, and where the runtime's kernel would decode the whole
+    weight at every call (8 bits below accuracy level 4).
     """
 
     name: ClassVar[str] = "lower-encodings"
@@ -61,8 +62,10 @@ class LowerEncodings(Pass):
             for index in (1, 0):
                 weight = encoded_input(node.inputs[index])
                 if weight is not None:
-                    # The other half of the encodings is lower-input-groups' to lower and to remark on.
-                    if index == 0 or groups_of_linear(node, weight) is None:
+                    # The others are lower-outliers' and lower-input-groups' to lower and to remark on.
+                    if weight.encoding.outliers is None and (
+                        index == 0 or groups_of_linear(node, weight) is None
+                    ):
                         _lower_matmul(store, node, index, weight, remarks)
                     break
         for node in model.nodes("Gather"):

@@ -129,7 +129,7 @@ class WeightOnly(Pass):
 
     def predicted_bytes(self, site: WeightSite) -> float:
         """Bytes the encoded weight will take; of several possible forms, the smallest."""
-        return min(predicted_bytes(site, self.grid(site), axis) for axis in ("oc", "ic"))  # type: ignore[arg-type]
+        return min(predicted_bytes(site, self.grid(site), axis) for axis in ("oc", "ic"))
 
 
 def matches_site(site: WeightSite, patterns: tuple[str, ...]) -> bool:

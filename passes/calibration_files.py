@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import io
-import json
 import lzma
 import math
-import os
 import struct
 import tokenize
 import zipfile
 import zlib
-from typing import IO, Any
+from typing import IO
 
 import ml_dtypes
 import numpy as np
 
-from effic.ir.errors import UsageError
+from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.evaluate import first_line
+from effic.ir.safetensors_format import read_safetensors
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
 
 MOST_UNPACKED = 4 << 30
 """A compressed array has to be held in memory; a larger one is refused."""
 
-_HEADER_BYTES = 100 << 20
 _NPY_HEADER_BYTES = 1 << 16
 # What NumPy, zip and JSON raise over files that are not what they say.
 _BROKEN = (
     ValueError, TypeError, KeyError, EOFError, SyntaxError, RecursionError, OverflowError, NotImplementedError,
     struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
 )  # fmt: skip
-_SAFETENSORS = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}  # fmt: skip
 
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
@@ -118,31 +109,7 @@ def _map_member(file: IO[bytes], path: str, info: zipfile.ZipInfo) -> np.ndarray
 
 
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(size - 8, _HEADER_BYTES):
-            raise ValueError("its header is longer than the file allows")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is no table of tensors")
-    header.pop("__metadata__", None)
-    return {name: _map_tensor(path, name, row, 8 + length, size) for name, row in header.items()}
-
-
-def _map_tensor(path: str, name: str, row: Any, start: int, size: int) -> np.ndarray:
-    fits = isinstance(row, dict) and row.get("dtype") in _SAFETENSORS
-    shape, offsets = (row.get("shape"), row.get("data_offsets")) if fits else (None, None)
-    if not isinstance(shape, list) or not isinstance(offsets, list) or not _naturals([*shape, *offsets]):
-        raise ValueError(f"the tensor '{name}' has no dtype, shape and offsets that are known here")
-    dtype: np.dtype[Any] = _SAFETENSORS[row["dtype"]]
-    nbytes = math.prod(shape) * dtype.itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes or start + offsets[1] > size:
-        raise ValueError(f"the tensor '{name}' does not lie inside the file")
-    if nbytes == 0:
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", start + offsets[0], tuple(shape))
-
-
-def _naturals(values: list[Any]) -> bool:
-    return all(type(v) is int and v >= 0 for v in values)
+    try:
+        return read_safetensors(path).tensors
+    except (InvalidModelError, UsageError) as error:
+        raise UsageError(f"cannot read the calibration data: {error}") from error

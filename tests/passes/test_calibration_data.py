@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import mmap
 import struct
 import sys
 import zipfile
@@ -405,7 +406,10 @@ def test_files_are_mapped_and_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(safetensors({"x": ("F32", images())}))
     for path in tmp_path.iterdir():
         (array,) = calibration_files.read_arrays(str(path)).values()
-        assert isinstance(array, np.memmap)
+        base = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        assert isinstance(base, mmap.mmap)
         np.testing.assert_array_equal(array, images())
 
 

@@ -37,6 +37,10 @@ PASSES: dict[str, str] = {
     "quantize-gptq": "effic.passes.quantize.quantize_gptq:QuantizeGPTQ",
     "quantize-adadim": "effic.passes.quantize.quantize_adadim:QuantizeAdaDim",
     "quantize-awq": "effic.passes.quantize.quantize_awq:QuantizeAWQ",
+    # adapters: the LoRA family
+    "merge-lora": "effic.passes.adapters.merge_lora:MergeLora",
+    "unmerge-lora": "effic.passes.adapters.unmerge_lora:UnmergeLora",
+    "fuse-lora-branches": "effic.passes.adapters.fuse_lora_branches:FuseLoRABranches",
 }
 
 

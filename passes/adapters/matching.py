@@ -370,3 +370,14 @@ def own_uses(place: Place, paths: Iterable[str], kind: str) -> list[WeightUse] |
 
 def _same_module(found: str | None, path: str) -> bool:
     return found is not None and (found == path or found.endswith(f".{path}") or path.endswith(f".{found}"))
+
+
+def put(place: Place, tensor: ir.TensorProtocol) -> None:
+    """Give a constant another value, under its name."""
+    tensor.name = place.value.name
+    node = place.value.producer()
+    if node is not None:
+        # The constants of function bodies are nodes.
+        node.attributes.clear()
+        node.attributes.add(ir.AttrTensor("value", tensor))
+    place.value.const_value = tensor

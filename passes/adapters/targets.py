@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
 from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.model import Model
@@ -40,7 +40,7 @@ class Target:
         whole: tensors that replace it, each with its adapter's weight.
         rows: rows that are replaced: numbers, values, weight.
         parts: modules merged into it, by output channels (None: all of them), each with a weight.
-        vectors: what is added to a bias, each with its weight.
+        biases: modules whose B has a bias that is added to this one, each with a weight.
     """
 
     place: Place
@@ -49,7 +49,7 @@ class Target:
     whole: list[tuple[np.ndarray, float]] = dataclasses.field(default_factory=list)
     rows: list[tuple[np.ndarray, np.ndarray, float]] = dataclasses.field(default_factory=list)
     parts: dict[Rows, list[tuple[AdapterModule, float]]] = dataclasses.field(default_factory=dict)
-    vectors: list[tuple[np.ndarray, float]] = dataclasses.field(default_factory=list)
+    biases: list[tuple[AdapterModule, float]] = dataclasses.field(default_factory=list)
 
     @property
     def modules(self) -> list[tuple[AdapterModule, float]]:
@@ -122,13 +122,14 @@ class _Gathering:
         if len(names) > 1:
             # Of the parameters a wrapped module may be of, the one its shapes fit.
             fits = [f for f in founds if isinstance(f, Found) and why_not(module, f.place, f.rows) is None]
+            fits = list({id(f.place.value): f for f in fits}.values())
             if len(fits) != 1:
                 count = "none" if not fits else "several"
                 raise UsageError(
                     f"'{module.path}' of adapter '{adapter.name}' may be of {', '.join(names)}, and by its "
                     f"shapes it is of {count}; say which in a map file"
                 )
-            founds = fits
+            founds = list(fits)
         found = founds[0]
         if found is None:
             self.left_out.append(module.path)
@@ -147,7 +148,7 @@ class _Gathering:
                         f"the bias of '{module.path}' of adapter '{adapter.name}' has {module.lora_bias.size} "
                         f"elements, but '{bias.place.name}' is of shape {list(bias.place.shape)}"
                     )
-                bias.vectors.append((module.lora_bias * np.float64(module.scaling), weight))
+                bias.biases.append((module, weight))
 
     def target(
         self, adapter: Adapter, parameter: str, module: str, kind: str, what: tuple[object, ...]
@@ -266,7 +267,7 @@ def _check_parts(target: Target) -> None:
         UnsupportedError: which.
     """
     spans = sorted((rows or (0, 1 << 62)) for rows in target.parts)
-    for first, second in zip(spans, spans[1:], strict=False):
+    for first, second in itertools.pairwise(spans):
         if second[0] < first[1]:
             raise UnsupportedError(f"the rows mapped to '{target.place.name}' overlap")
     for part in target.parts.values():
@@ -309,23 +310,17 @@ def _settled(
         if first is None or first.a is None or first.b is None or module_shape(first) != module_shape(module):
             raise UsageError(f"the initial adapter '{initial.name}' has no fitting '{module.path}'")
         return dataclasses.replace(module, initial=first)
-    if module.init is True:
-        return module
+    if module.init is True or module.init == "mica":
+        # MiCA starts from A = 0, which takes nothing out.
+        return dataclasses.replace(module, init=True)
     trained_on_codes = module.init == "loftq" and encoded(target.place) and base in ("auto", "dequantized")
     if base == "residual" or trained_on_codes:
         return dataclasses.replace(module, init=True)
-    if base == "original" and module.init == "pissa":
+    if base == "original" and module.init in ("pissa", "olora"):
         return module
     raise UsageError(
         f"adapter '{module.adapter}' was initialised by {module.init}, which took a part out of the base "
         "weights; give initial=FOLDER (the adapter before training), or say base=residual if the model is "
         "the one that was saved at the start of training"
-        + (", or base=original if it is the original one" if module.init == "pissa" else "")
+        + (", or base=original if it is the original one" if module.init in ("pissa", "olora") else "")
     )
-
-
-def dtype_of(place: Place) -> ir.DataType:
-    """Element type that readers of a place see."""
-    if place.site is not None:
-        return place.site.dtype
-    return place.value.dtype or ir.DataType.UNDEFINED

@@ -1,0 +1,295 @@
+"""One constant at a time: its merged value, computed or promised, and what is reported about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from effic.ir.encodings import decode
+from effic.ir.errors import UnsupportedError
+from effic.ir.model import Model, constant_tensor
+from effic.ir.tensors import borrow
+from effic.ir.weights import WeightSite
+from effic.passes.adapters.adapter_files import AdapterModule
+from effic.passes.adapters.combine import Combine, Sign, Space, combined_delta
+from effic.passes.adapters.deltas import Dtype, RankScale, bias_delta, factors, oriented
+from effic.passes.adapters.matching import Place, expert_axis, put
+from effic.passes.adapters.requantize import Requantize, add_branch, norm, requantized, why_no_branch
+from effic.passes.adapters.streamed import MergedTensor, Term, norm_of, term_for
+from effic.passes.adapters.targets import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How deltas are formed and written.
+
+    Attributes:
+        combine, space, density, svd_rank, sign, seed, peft_compat: see
+            :func:`effic.passes.adapters.combine.combined_delta`.
+        rank, rank_scale: likewise.
+        requantize: what becomes of encoded weights.
+        dtype: what is computed in.
+        subtract: take the deltas away instead.
+    """
+
+    combine: Combine = "delta_sum"
+    space: Space = "delta"
+    density: float = 0.5
+    svd_rank: int | None = None
+    sign: Sign = "total"
+    seed: int = 42
+    peft_compat: bool = False
+    requantize: Requantize = "new_params"
+    rank: int | None = None
+    rank_scale: RankScale = "alpha_over_b"
+    dtype: Dtype = np.float32
+    subtract: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What became of a constant.
+
+    Attributes:
+        name: the constant's name now; None when nothing changed.
+        relative: ``‖ΔW‖ / ‖W₀‖``.
+        sampled: whether ``‖W₀‖`` is an estimate.
+        rounding: ``‖Q(W) - W‖ / ‖ΔW‖`` of a requantized weight, or None.
+        kept_branch: whether the adapter was kept beside the weight.
+    """
+
+    name: str | None
+    relative: float = 0.0
+    sampled: bool = False
+    rounding: float | None = None
+    kept_branch: bool = False
+
+
+def is_plain(module: AdapterModule) -> bool:
+    """Whether a module's delta is σ·B·A and nothing else."""
+    return (
+        module.method == "lora"
+        and module.kind != "expert"
+        and module.magnitude is None
+        and module.init is True
+        and module.initial is None
+    )
+
+
+def merge(model: Model, target: Target, recipe: Recipe) -> Merged:
+    """Merge everything into one constant and write it back.
+
+    Raises:
+        UnsupportedError: the result cannot be written in the form that was asked for, or is not finite.
+    """
+    site = target.place.site
+    if site is not None and site.encoding is not None:
+        return _merge_encoded(model, target, site, recipe)
+    if site is not None and _streams(target, recipe):
+        return _merge_streamed(model, target, site, recipe)
+    base, merged = _computed(target, recipe)
+    delta = merged - base
+    size = norm(delta)
+    if size == 0 and np.array_equal(base, merged):
+        return Merged(None)
+    name = _write(model, target, model.scratch.tensor(target.place.name, _narrowed(target.place, merged)))
+    return Merged(name, _relative(size, norm(base)))
+
+
+def _relative(delta: float, base: float) -> float:
+    return delta / base if base else math.inf if delta else 0.0
+
+
+# -- weights in floating point ---------------------------------------------------------------------
+
+
+def _streams(target: Target, recipe: Recipe) -> bool:
+    only_deltas = not (target.whole or target.rows or target.biases)
+    several = any(len(part) > 1 for part in target.parts.values())
+    sums = recipe.combine in ("delta_sum", "cat") or (recipe.combine == "linear" and not several)
+    return only_deltas and sums and all(is_plain(module) for module, _ in target.modules)
+
+
+def _stacked(
+    part: Sequence[tuple[AdapterModule, float]], recipe: Recipe, dtype: Dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The deltas of plain modules as one product ``left [out, R] @ right [R, in]``."""
+    lefts, rights = [], []
+    for module, weight in part:
+        cut = factors(module, rank=recipe.rank, rank_scale=recipe.rank_scale, dtype=dtype)
+        left, right = oriented(module, cut)
+        lefts.append(left[0] * dtype(weight))
+        rights.append(right[0])
+    return np.hstack(lefts), np.vstack(rights)
+
+
+def _merge_streamed(model: Model, target: Target, site: WeightSite, recipe: Recipe) -> Merged:
+    tensor = constant_tensor(site.value)
+    if tensor is None:
+        raise UnsupportedError(f"weight '{site.name}' is no constant any more")
+    out, into = site.shape_oi
+    # A weight of fp64 is not computed in less.
+    dtype: Dtype = np.float64 if site.dtype == ir.DataType.DOUBLE else recipe.dtype
+    terms: list[Term] = []
+    for rows, part in target.parts.items():
+        left, right = _stacked(part, recipe, dtype)
+        terms.append(
+            term_for(-left if recipe.subtract else left, right, rows or (0, out), site.in_axis, into)
+        )
+    size = math.sqrt(sum(term.norm() ** 2 for term in terms))
+    if size == 0:
+        return Merged(None)
+    base, sampled = norm_of(tensor, site.matrix_shape)
+    name = _write(model, target, MergedTensor(tensor, terms, site.matrix_shape, site.name))
+    return Merged(name, _relative(size, base), sampled)
+
+
+def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Base and merged value of a constant, in the dtype that is computed in, shaped as stored."""
+    place, site = target.place, target.place.site
+    exact = any(module.method in ("paca", "l4q") for module, _ in target.modules)
+    wide = exact or dtype_of(place) == ir.DataType.DOUBLE
+    dtype: Dtype = np.float64 if wide else recipe.dtype
+    if site is not None and site.encoding is not None:
+        base = decode(site.encoding).astype(dtype)
+    else:
+        tensor = constant_tensor(place.value)
+        if tensor is None:
+            raise UnsupportedError(f"'{place.name}' is no constant any more")
+        with borrow(tensor) as array:
+            base = np.array(array, dtype=dtype)
+    merged = base.copy()
+    if len(target.whole) == 1 and target.whole[0][1] == 1.0:
+        merged[...] = target.whole[0][0]
+    else:
+        for array, weight in target.whole:
+            merged += dtype(weight) * (array.astype(dtype) - base)
+    kept = merged.copy() if target.rows else merged
+    for numbers, values, weight in target.rows:
+        new = values.astype(dtype)
+        merged[numbers] = new if weight == 1.0 else merged[numbers] + dtype(weight) * (new - kept[numbers])
+    for rows, part in target.parts.items():
+        view = _oriented(merged, place, part[0][0])
+        if rows is not None:
+            view = view[rows[0] : rows[1]]
+        delta = combined_delta(
+            part,
+            np.ascontiguousarray(view),
+            combine=recipe.combine,
+            space=recipe.space,
+            density=recipe.density,
+            svd_rank=recipe.svd_rank,
+            sign=recipe.sign,
+            # One seed would draw the same mask for every weight of a shape.
+            seed=recipe.seed + zlib.crc32(f"{target.path}{rows}".encode()),
+            peft_compat=recipe.peft_compat,
+            rank=recipe.rank,
+            rank_scale=recipe.rank_scale,
+            dtype=dtype,
+        ).reshape(view.shape)
+        # Where nothing is added nothing may change: -0.0 + 0.0 is another number.
+        operation = np.subtract if recipe.subtract else np.add
+        operation(view, delta, out=view, where=delta != 0)
+    for module, weight in target.biases:
+        change = bias_delta(module, rank=recipe.rank, rank_scale=recipe.rank_scale)
+        if change is not None:
+            merged += (change * (-weight if recipe.subtract else weight)).astype(dtype)
+    return base, merged
+
+
+def _oriented(array: np.ndarray, place: Place, module: AdapterModule) -> np.ndarray:
+    """A view of a stored weight as ``[out, in]`` (experts: ``[E, out, in]``)."""
+    if module.kind == "expert":
+        return array if expert_axis(place, module) == 2 else array.transpose(0, 2, 1)
+    matrix = array.reshape(len(array), -1)
+    return matrix if place.site is None or place.site.in_axis == 1 else matrix.T
+
+
+def dtype_of(place: Place) -> ir.DataType:
+    """Element type that readers of a place see."""
+    if place.site is not None:
+        return place.site.dtype
+    tensor = constant_tensor(place.value)
+    return ir.DataType.UNDEFINED if tensor is None else tensor.dtype
+
+
+def _narrowed(place: Place, merged: np.ndarray) -> np.ndarray:
+    """The merged weight in the dtype of the base.
+
+    Raises:
+        UnsupportedError: it does not fit: an element would be infinite.
+    """
+    with np.errstate(over="ignore"):
+        narrow = merged.astype(dtype_of(place).numpy())
+    if not np.isfinite(narrow).all():
+        raise UnsupportedError(f"merged into '{place.name}', the adapter gives values its type cannot hold")
+    return np.asarray(narrow, order="C")
+
+
+def _write(model: Model, target: Target, tensor: ir.TensorProtocol) -> str:
+    """Put a new constant in a target's place, or beside it for its own uses; its name."""
+    place = target.place
+    if place.site is not None and (target.uses is not None or place.site.encoding is not None):
+        uses = place.site.uses if target.uses is None else target.uses
+        return place.site.redirect(model, tensor, uses).name or ""
+    put(place, tensor)
+    return place.value.name or ""
+
+
+# -- encoded weights -------------------------------------------------------------------------------
+
+
+def _merge_encoded(model: Model, target: Target, site: WeightSite, recipe: Recipe) -> Merged:
+    encoding = site.encoding
+    if encoding is None:
+        raise UnsupportedError(f"weight '{site.name}' is not encoded")
+    if recipe.requantize == "keep_branch":
+        return _keep_branch(model, target, site, recipe)
+    base, merged = _computed(target, recipe)
+    size = norm(merged - base)
+    if size == 0 and np.array_equal(base, merged):
+        return Merged(None)
+    relative = _relative(size, norm(base))
+    if recipe.requantize == "none":
+        tensor = model.scratch.tensor(site.name, _narrowed(target.place, merged))
+        return Merged(_write(model, target, tensor), relative)
+    if target.uses is not None:
+        raise UnsupportedError(
+            f"'{target.path}' shares its encoded weight '{site.name}' with others; say requantize=none"
+        )
+    done = requantized(model, encoding, _narrowed(target.place, merged), recipe.requantize)
+    rounding = norm(decode(done).astype(merged.dtype) - merged) / size
+    site.write(model, done)
+    return Merged(site.name, relative, rounding=rounding)
+
+
+def _keep_branch(model: Model, target: Target, site: WeightSite, recipe: Recipe) -> Merged:
+    uses = site.uses if target.uses is None else target.uses
+    if not _streams(target, recipe) or not all(m.kind == "linear" for m, _ in target.modules):
+        raise UnsupportedError(
+            f"'{target.path}' is no sum of LoRA products, so it cannot be kept as a branch; "
+            "choose another requantize"
+        )
+    if reason := why_no_branch(uses):
+        raise UnsupportedError(f"'{target.path}' {reason}; choose another requantize")
+    out, into = site.shape_oi
+    lefts, rights = [], []
+    for rows, part in target.parts.items():
+        left, right = _stacked(part, recipe, recipe.dtype)
+        padded = np.zeros((out, left.shape[1]), left.dtype)
+        padded[slice(*rows) if rows is not None else slice(None)] = left
+        lefts.append(padded)
+        rights.append(right)
+    b, a = np.hstack(lefts), np.vstack(rights)
+    size = Term((0, out), (0, into), b, a).norm()
+    if size == 0:
+        return Merged(None)
+    stored = site.dtype.numpy()
+    base = site.read()
+    add_branch(model, uses, site.name, a.astype(stored), b.astype(stored))
+    return Merged(site.name, _relative(size, norm(base)), kept_branch=True)

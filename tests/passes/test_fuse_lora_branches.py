@@ -340,3 +340,40 @@ def test_attention_with_relative_positions_is_not_touched(make_net) -> None:
     remarks = Remarks()
     FuseLoRABranches().apply(model, remarks)
     assert remarks.count("missed") == 1
+
+
+def test_a_captured_model_with_peft_adapters_beside_its_layers() -> None:
+    """What torch exports of an unmerged peft model becomes what peft merges."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from effic.ir.torch_capture import capture
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(11, 12)
+            self.conv = torch.nn.Conv2d(1, 4, 3, stride=2, padding=1)
+            self.up, self.down = torch.nn.Linear(24, 16), torch.nn.Linear(16, 5, bias=False)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            picture = self.conv(self.table(ids)[:, None])
+            return self.down(self.up(picture.flatten(2)).relu())
+
+    torch.manual_seed(0)
+    names = ["table", "conv", "up", "down"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=names, lora_dropout=0.1)
+    tuned = peft.get_peft_model(Net(), config).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(0, 11, (2, 8))
+    model = capture(tuned, (ids,))
+    remarks = Remarks()
+    FuseLoRABranches().apply(model, remarks)
+    assert remarks.count("passed") == 4
+    assert not remarks.count("missed")
+    assert not any("lora" in name for name in model.graph.initializers)
+    (name,) = [v.name for v in model.graph.inputs]
+    (got,) = Oracle(model).run({name: ids.numpy()}).values()
+    with torch.no_grad():
+        want = tuned.merge_and_unload()(ids).numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

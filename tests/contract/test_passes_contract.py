@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.verify import problems
+from effic.ir.weights import weight_sites
 from effic.models.builders import BUILDERS
 from effic.passes import PASSES, load_pass
 from effic.passes.base import CalibratedPass, Numerics, Pass, options_of
@@ -25,6 +29,45 @@ def made_up(model: Model, passes: Sequence[Pass]) -> Calibration | None:
     if not any(isinstance(item, CalibratedPass) for item in passes):
         return None
     return Calibration.load("random", model, samples=4)
+
+
+WriteAdapter = Callable[..., str]
+
+
+def adapter_options(model: Model, folder: Path, write_adapter: WriteAdapter) -> str:
+    """Options of merge-lora: an adapter for every matrix of a model, and a map to find them by."""
+    rng = np.random.default_rng(0)
+    tensors, lines = {}, []
+    for number, site in enumerate(weight_sites(model, ("MatMul", "Gemm"))):
+        if site.why_not is None and "Gather" not in site.kinds:
+            out, into = site.shape_oi
+            tensors[f"m{number}.lora_A.weight"] = rng.standard_normal((2, into)).astype(np.float32)
+            tensors[f"m{number}.lora_B.weight"] = rng.standard_normal((out, 2)).astype(np.float32) / 100
+            lines.append(f"m{number} = {site.name}")
+    if not lines:
+        pytest.skip("the model has no matrix to adapt")
+    (folder / "map.txt").write_text("\n".join(lines))
+    return f'adapters=["{write_adapter(folder / "adapter", tensors)}"],map="{folder / "map.txt"}"'
+
+
+# Passes that do nothing without arguments, and how to get some for a model.
+ARGUMENTS: dict[str, Callable[[Model, Path, WriteAdapter], str]] = {
+    "merge-lora": lambda model, folder, write: f"merge-lora{{{adapter_options(model, folder, write)}}}",
+    "unmerge-lora": lambda model, folder, write: unmerge(model, folder, write),
+}
+
+
+def unmerge(model: Model, folder: Path, write_adapter: WriteAdapter) -> str:
+    options, kept = adapter_options(model, folder, write_adapter), folder / "kept.safetensors"
+    run_passes(model, parse_passes(f'merge-lora{{{options},keep_original="{kept}"}}'), check="off")
+    return f'unmerge-lora{{originals="{kept}"}}'
+
+
+def instance(name: str, model: Model, folder: Path, write_adapter: WriteAdapter) -> Pass:
+    """The pass with its defaults, or with arguments for ``model``."""
+    if name in ARGUMENTS:
+        return parse_passes(ARGUMENTS[name](model, folder, write_adapter))[0]
+    return load_pass(name)()
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -47,14 +90,20 @@ def test_pass_is_a_documented_frozen_value(name: str) -> None:
     assert len(inspect.getdoc(cls).splitlines()[0]) <= 100  # type: ignore[union-attr]
     for field, _ in options_of(cls):
         assert field.metadata.get("help"), f"{name}.{field.name} has no help"
-    assert parse_passes(to_text(cls())) == [cls()]
+    if name in ARGUMENTS:
+        with pytest.raises(UsageError):
+            parse_passes(name)
+    else:
+        assert parse_passes(to_text(cls())) == [cls()]
 
 
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("built", sorted(BUILDERS))
-def test_pass_is_verified_checked_and_idempotent(name: str, built: str) -> None:
+def test_pass_is_verified_checked_and_idempotent(
+    name: str, built: str, tmp_path: Path, write_adapter: WriteAdapter
+) -> None:
     model = Model(BUILDERS[built]())
-    item: Pass = load_pass(name)()
+    item = instance(name, model, tmp_path, write_adapter)
     data = made_up(model, [item])
     run_passes(model, [item], checker=Checker(model), calibration=data)
     assert not list(problems(model))

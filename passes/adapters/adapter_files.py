@@ -30,7 +30,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import stat
+import struct
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +46,13 @@ from effic.passes.adapters.adapter_tensors import Adapter, AdapterModule, Kind, 
 __all__ = ["CONFIG", "TENSORS", "Adapter", "AdapterModule", "Kind", "Method", "read_adapter"]
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+# What torch's unpickler trips over in a file that no torch wrote.
+_DAMAGE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError,
+    OverflowError, struct.error,
+)  # fmt: skip
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -116,11 +126,11 @@ def _read_pickle(path: str) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise MissingExtraError("torch", "torch", f"reading {os.path.basename(path)}") from error
-    import pickle
-
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *_DAMAGE) as error:
         raise InvalidModelError(
             f"{path} holds something else than tensors, or is damaged, and was not opened; "
             f"save the adapter as {TENSORS}."

@@ -17,8 +17,10 @@ the list: the order of the adapters changes nothing.
 ``peft_compat`` does what PEFT 0.21 does where that is another thing: it keeps the weights of adapters in
 float32; a single adapter is added as it is; deltas that were pruned are cut to ``svd_rank`` (its
 ``ties_svd`` and so on); and when the first adapter has rsLoRA, the result is multiplied by the root of its
-rank, because the configuration of the combined adapter says rsLoRA still. Where an adapter's rank differs
-from module to module or it lacks the module, PEFT takes ranks from configurations, which are not seen here.
+rank, because the configuration of the combined adapter still says rsLoRA (not so ``delta_sum``, which is
+none of PEFT's modes). Where an adapter's rank differs from module to module, or an adapter lacks the
+module, PEFT takes ranks from configurations, which are not seen here. Releases of PEFT that multiplied
+``svd``'s deltas by σ a second time are not followed: 0.21 does not.
 """
 
 from __future__ import annotations
@@ -49,7 +51,6 @@ Sign = Literal["total", "frequency"]
 
 _MODES = ("delta_sum", "cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 _SUMS = ("delta_sum", "cat")
-_PRUNES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 # What masks are drawn for, so that a seed gives each another one.
 _OF_A, _OF_B, _OF_DELTA = range(3)
@@ -95,12 +96,13 @@ def combined_delta(
     """
     _check(modules, combine, space, density, svd_rank, sign, seed)
     single = len(modules) == 1
+    inflated = peft_compat and modules[0][0].use_rslora and combine != "delta_sum"
     if single and (combine == "linear" or peft_compat):
         # Of one adapter, linear is the product itself; PEFT adds a single adapter whatever it is told.
         combine = "delta_sum"
     # In an order of their own, so that rounding does not depend on the order they are given in.
     items = list(modules) if single else sorted(modules, key=lambda item: (_content(item[0]), item[1]))
-    if peft_compat:
+    if peft_compat and (combine == "svd" or (space == "delta" and combine not in (*_SUMS, "linear"))):
         items = [(module, float(np.float32(weight))) for module, weight in items]
     cut = _Cut(rank, rank_scale, dtype)
     ranks = [module.rank for module, _ in items]
@@ -115,8 +117,8 @@ def combined_delta(
         delta = _of_deltas(items, base, cut, _mixer(combine, density, sign, seed))
         if svd_rank is not None or peft_compat:
             delta = _nearest(delta, svd_rank or new_rank)
-    if peft_compat and modules[0][0].use_rslora:
-        delta = delta * math.sqrt(svd_rank or new_rank)
+    if inflated:
+        delta *= math.sqrt(svd_rank or new_rank)
     return delta
 
 

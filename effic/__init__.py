@@ -14,6 +14,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from effic.adapter_feeds import adapter_feeds as adapter_feeds
     from effic.backends.ort.artifact import OrtArtifact as OrtArtifact
     from effic.bench import bench as bench
     from effic.compare import compare as compare
@@ -44,6 +45,7 @@ _EXPORTS = {
     "Pass": "effic.passes.base",
     "Remarks": "effic.passes.base",
     "Report": "effic.optimize",
+    "adapter_feeds": "effic.adapter_feeds",
     "bench": "effic.bench",
     "capture": "effic.ir.torch_capture",
     "compare": "effic.compare",

@@ -109,11 +109,14 @@ def start_session(
 
 
 def run_session(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray]) -> Arrays:
-    """Run a session on arrays by name; bfloat16 goes in and out as ml_dtypes arrays."""
+    """Run a session on arrays by name; bfloat16 goes in and out as ml_dtypes arrays.
+
+    An optional input (one with a default value) that is not given has its default.
+    """
     import onnxruntime as ort
 
     feeds = {}
-    for item in session.get_inputs():
+    for item in _taken(session, inputs):
         if item.name not in inputs:
             have = ", ".join(sorted(inputs)) or "none"
             raise UsageError(f"the inputs lack '{item.name}' ({item.type}); given: {have}")
@@ -139,9 +142,14 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray])
     return dict(zip(names, (np.asarray(r) for r in results), strict=True))
 
 
+def _taken(session: ort.InferenceSession, given: Mapping[str, Any]) -> list[Any]:
+    """The inputs a session has to be given, and the optional ones that are."""
+    return [*session.get_inputs(), *(i for i in session.get_overridable_initializers() if i.name in given)]
+
+
 def _refuse_misfits(session: ort.InferenceSession, feeds: Mapping[str, Any]) -> None:
     """Blame the inputs, by name, where a run failed because of their types or shapes."""
-    for item in session.get_inputs():
+    for item in _taken(session, feeds):
         value = feeds[item.name]
         kind = "tensor(string)" if isinstance(value, np.ndarray) else value.data_type()
         shape = list(value.shape if isinstance(value, np.ndarray) else value.shape())

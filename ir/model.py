@@ -16,6 +16,12 @@ from effic.ir.tensors import Scratch
 RECORD_KEY = "effic.record"
 """Key of the model's metadata under which the record of passes is stored as JSON."""
 
+OPTIONAL_KEY = "effic.optional_inputs"
+"""Key of the model's metadata with the names (a JSON list) of the inputs that are optional on purpose.
+
+ONNX says that an input with an initializer is optional, but old exporters listed every weight among the
+inputs; files do not tell the two apart otherwise."""
+
 ONNX_DOMAINS = ("", "ai.onnx")
 
 
@@ -244,6 +250,15 @@ class Model:
         from effic.ir.onnx_format import write_onnx
 
         write_onnx(self, path, **options)
+
+
+def optional_inputs(model: ir.Model) -> set[str]:
+    """Names of the inputs that are optional on purpose, see :data:`OPTIONAL_KEY`."""
+    try:
+        found = json.loads(model.metadata_props.get(OPTIONAL_KEY, "[]"))
+    except (ValueError, RecursionError):
+        return set()
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.external_files import DataFiles, ExternalDataError
 from effic.ir.mapped import FileMap
-from effic.ir.model import Model, Origin
+from effic.ir.model import Model, Origin, optional_inputs
 from effic.ir.onnx_checks import Limits, check_model, printable
 from effic.ir.onnx_writer import model_bytes, to_proto, write_onnx
 from effic.ir.opset import raise_opset
@@ -204,8 +204,9 @@ def _all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
 def _demote_weights(model: ir.Model) -> Iterator[str]:
     """Take initializers off the list of graph inputs."""
     graph = model.graph
-    listed = [value for value in graph.inputs if value.is_initializer()]
-    kept = [value for value in graph.inputs if not value.is_initializer()]
+    meant = optional_inputs(model)
+    listed = [value for value in graph.inputs if value.is_initializer() and value.name not in meant]
+    kept = [value for value in graph.inputs if not value.is_initializer() or value.name in meant]
     # Before IR version 4 every initializer had to be an input. Since then an input with an
     # initializer is an optional input; a model that has no other inputs means it so.
     old = (model.ir_version or 0) < 4

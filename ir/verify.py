@@ -37,6 +37,18 @@ def signature(model: Model) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def required_signature(
+    model: Model, before: list[tuple[str, str, str, str]]
+) -> list[tuple[str, str, str, str]]:
+    """The signature without the optional inputs that were not there ``before``.
+
+    An input is optional when it has a default value: an initializer of its name.
+    """
+    optional = {str(v.name) for v in model.graph.inputs if v.is_initializer()}
+    known = set(before)
+    return [row for row in signature(model) if row in known or row[0] != "input" or row[1] not in optional]
+
+
 def problems(model: Model) -> Iterator[tuple[str, ir.Node | None]]:
     """Every structural problem, each with the node it belongs to (or None)."""
     functions = {(f.domain, f.name) for f in model.ir.functions.values()}

@@ -41,6 +41,7 @@ PASSES: dict[str, str] = {
     "merge-lora": "effic.passes.adapters.merge_lora:MergeLora",
     "unmerge-lora": "effic.passes.adapters.unmerge_lora:UnmergeLora",
     "fuse-lora-branches": "effic.passes.adapters.fuse_lora_branches:FuseLoRABranches",
+    "adapters-as-inputs": "effic.passes.adapters.adapters_as_inputs:AdaptersAsInputs",
 }
 
 

@@ -101,6 +101,8 @@ class Pass(abc.ABC):
     numerics: ClassVar[Numerics]
     needs_opset: ClassVar[int] = 0
     """Lowest standard opset the pass's result needs; the runner raises the model first."""
+    adds_inputs: ClassVar[bool] = False
+    """Whether the pass may add optional inputs (with default values): what callers do now stays right."""
 
     def __post_init__(self) -> None:
         for field, kind in options_of(type(self)):

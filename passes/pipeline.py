@@ -25,7 +25,7 @@ from effic.ir.evaluate import (
 )
 from effic.ir.memory import available_memory, peak_memory, reset_peak_memory
 from effic.ir.model import Model, PassRecord, describe
-from effic.ir.verify import signature, verify
+from effic.ir.verify import required_signature, signature, verify
 from effic.passes.base import CalibratedPass, Numerics, Pass, Remark, Remarks
 from effic.passes.spec import to_text
 
@@ -347,8 +347,9 @@ def _run_one(
     step.remarks = remarks.items
     model.forget_names()
     verify(model, f"after {item.name} the model")
-    if signature(model) != shape:
-        changed = [b for a, b in zip(shape, signature(model), strict=False) if a != b]
+    now = required_signature(model, shape) if item.adds_inputs else signature(model)
+    if now != shape:
+        changed = [b for a, b in zip(shape, now, strict=False) if a != b]
         raise CheckFailedError(f"{item.name} changed the model's inputs or outputs: {changed}")
     after = fingerprint(model)
     step.changed = after != mark

@@ -97,7 +97,8 @@ class OrtArtifact(Artifact):
         if repeats < 1 or batch < 1 or warmup < 0:
             raise UsageError("repeats and batch must be at least 1, warmup at least 0")
         self.run(inputs)
-        feeds = {name: np.ascontiguousarray(inputs[name]) for name in self.inputs}
+        optional = [i.name for i in self._session.get_overridable_initializers() if i.name in inputs]
+        feeds = {name: np.ascontiguousarray(inputs[name]) for name in [*self.inputs, *optional]}
         for _ in range(warmup):
             self._once(feeds)
         seconds = []

@@ -84,6 +84,10 @@ class MergeLora(Pass):
             raise UsageError(f"{self.name}: adapters is empty; name the folder of an adapter")
         for text in self.adapters:
             split(text)
+        if self.density == 0:
+            raise UsageError(f"{self.name}: density is 0, which keeps nothing of any adapter")
+        if self.svd_rank and self.combine in ("delta_sum", "cat", "linear"):
+            raise UsageError(f"{self.name}: combine={self.combine} has no rank to choose; leave svd_rank out")
 
     def apply(self, model: Model, remarks: Remarks) -> None:
         adapters = read_all(self.adapters)

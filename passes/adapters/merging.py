@@ -111,7 +111,10 @@ def _relative(delta: float, base: float) -> float:
 def _streams(target: Target, recipe: Recipe) -> bool:
     only_deltas = not (target.whole or target.rows or target.biases)
     several = any(len(part) > 1 for part in target.parts.values())
-    sums = recipe.combine in ("delta_sum", "cat") or (recipe.combine == "linear" and not several)
+    # PEFT's cat of rsLoRA adapters is more than their sum.
+    sums = recipe.combine == "delta_sum" or (
+        not recipe.peft_compat and (recipe.combine == "cat" or (recipe.combine == "linear" and not several))
+    )
     return only_deltas and sums and all(is_plain(module) for module, _ in target.modules)
 
 

@@ -118,7 +118,7 @@ def combined_delta(
         if svd_rank is not None or peft_compat:
             delta = _nearest(delta, svd_rank or new_rank)
     if inflated:
-        delta *= math.sqrt(svd_rank or new_rank)
+        delta *= math.sqrt(new_rank if single else svd_rank or new_rank)
     return delta
 
 
@@ -158,8 +158,13 @@ def _check(
         raise UsageError("there is no adapter to combine; name at least one.")
     if not 0 < density <= 1:
         raise UsageError(f"density is {density}; give a share above 0 and up to 1.")
-    if svd_rank is not None and (svd_rank < 1 or combine in (*_SUMS, "linear")):
-        why = "give a whole number from 1" if svd_rank < 1 else f"combine={combine} has no rank to choose"
+    ranked = combine == "svd" or (space == "delta" and combine not in (*_SUMS, "linear"))
+    if svd_rank is not None and (svd_rank < 1 or not ranked):
+        why = (
+            "give a whole number from 1"
+            if svd_rank < 1
+            else f"{combine} in {space} space has no rank to choose"
+        )
         raise UsageError(f"svd_rank is {svd_rank}; {why}.")
     if seed < 0:
         raise UsageError(f"seed is {seed}; give a whole number from 0.")

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("effic.cli.compare:compare", "How far apart two models' outputs are on the same inputs."),
     "bench": ("effic.cli.bench:bench", "Time a model, or one against another."),
     "capture": ("effic.cli.capture:capture", "Turn a torch module into an ONNX file (runs your code)."),
+    "extract-lora": ("effic.cli.extract_lora:extract_lora", "What fine-tuning changed, as a LoRA adapter."),
     "gate": ("effic.cli.gate:gate", "Hold models to the budgets of effic.toml; for CI."),
 }
 

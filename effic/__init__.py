@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from effic.backends.ort.artifact import OrtArtifact as OrtArtifact
     from effic.bench import bench as bench
     from effic.compare import compare as compare
+    from effic.extract_lora import extract_lora as extract_lora
     from effic.gate import gate as gate
     from effic.ir.errors import EfficError as EfficError
     from effic.ir.model import Model as Model
@@ -49,6 +50,7 @@ _EXPORTS = {
     "bench": "effic.bench",
     "capture": "effic.ir.torch_capture",
     "compare": "effic.compare",
+    "extract_lora": "effic.extract_lora",
     "gate": "effic.gate",
     "load": "effic.optimize",
     "optimize": "effic.optimize",

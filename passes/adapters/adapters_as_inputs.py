@@ -25,7 +25,7 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 
 @dataclass(frozen=True)
 class AdaptersAsInputs(Pass):
-    """Give layers a low-rank branch whose factors are optional inputs, so that one file serves many adapters.
+    """Give layers low-rank branches whose factors are optional inputs: one file for many adapters.
 
     Before:  y = MatMul(x, w)
     After:   y = Add(MatMul(x, w), MatMul(MatMul(x, Transpose(A)), Transpose(B)))

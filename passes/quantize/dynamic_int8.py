@@ -98,6 +98,8 @@ def why_not_dynamic(site: WeightSite, skip: tuple[str, ...], min_size: int) -> s
         return f"is {site.dtype.name}, and DynamicQuantizeLinear takes fp32 activations only"
     if site.opset < OPSET:
         return f"lives in a function at opset {site.opset}; a scale per channel needs opset {OPSET}"
+    if len({use.in_axis for use in site.uses}) > 1:
+        return "is read both ways round, and its scales belong to the outputs of one of them"
     return next((reason for use in site.uses if (reason := _why_not_use(use))), None)
 
 

@@ -131,6 +131,13 @@ def test_layers_that_share_their_input_share_its_rounding() -> None:
             "as well",
         ),
         (
+            "g (float[M,48] x, float[48,64] w) => (float y) "
+            "{ a = MatMul(x, w) t = Transpose<perm=[1,0]>(w) y = MatMul(a, t) }",
+            (48, 64),
+            {},
+            "both ways round",
+        ),
+        (
             "g (float[1,4,8,8] x, float[32,4,3,3] w) => (float y) { y = Conv(x, w) }",
             (32, 4, 3, 3),
             {},

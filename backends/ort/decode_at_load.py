@@ -24,6 +24,11 @@ from effic.passes.base import Numerics, Pass, Remarks, option
 _DECODED = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}
 
 _AT_EVERY_CALL = "this DequantizeLinear will run at every call"
+_FUSED = (
+    "the runtime makes it a MatMulNBits with 8-bit activations, whatever accuracy_level is, unless its session "
+    "option session.qdq_matmulnbits_accuracy_level says otherwise"
+)
+_FUSED_BLOCKS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,8 @@ class DecodeAtLoad(Pass):
             if encoding is None:
                 remarks.missed(where, f"it is encoded in a way effic does not know; {_AT_EVERY_CALL}")
             elif self.when == "call":
-                remarks.missed(
-                    where, f"left as asked (decode=call); {_AT_EVERY_CALL}{_fusion_note(node, encoding)}"
-                )
+                cost = _FUSED if _fused_by_runtime(node, encoding) else _AT_EVERY_CALL
+                remarks.missed(where, f"left as asked (decode=call); {cost}")
             elif encoding.dtype not in _DECODED:
                 remarks.missed(
                     where, f"the runtime has no {encoding.dtype.name} arithmetic; {_AT_EVERY_CALL}"
@@ -142,8 +146,13 @@ def _weight_name(node: ir.Node, encoding: Encoding | None) -> str:
     return (codes.name if codes is not None else None) or node.name or "weight"
 
 
-def _fusion_note(node: ir.Node, encoding: Encoding) -> str:
-    direct = all(use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses())
-    if direct and encoding.block_size and encoding.axis == 0 and len(node.outputs[0].uses()) == 1:
-        return ", unless the session's options let the runtime fuse it into a MatMulNBits of accuracy level 4"
-    return ""
+def _fused_by_runtime(node: ir.Node, encoding: Encoding) -> bool:
+    """Whether ONNX Runtime by itself puts a DequantizeLinear and its reader into one MatMulNBits."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].idx != 1 or uses[0].node.op_type not in ("MatMul", "Gemm"):
+        return False
+    if any(uses[0].node.attributes.get_int(name, 0) for name in ("transA", "transB")):
+        return False
+    if encoding.block_size:
+        return encoding.axis == 0 and encoding.block_size in _FUSED_BLOCKS
+    return encoding.scales.ndim == 0 or encoding.axis == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -352,8 +353,25 @@ def test_decode_at_call_leaves_the_form_and_says_what_it_costs() -> None:
     remarks = lower(model, "ort-cpu{decode=call}")
     assert ops(model) == ["DequantizeLinear", "MatMul"]
     assert "will run at every call" in remarks.items[-1].text
-    assert "accuracy level 4" in remarks.items[-1].text
     assert len(runtime_dequantized(model)) == 1
+
+
+@pytest.mark.parametrize(("group", "k_axis"), [(32, 0), (24, 0), (8, 0), (32, 1), (0, 0), (0, 1), (-1, 0)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_decode_at_call_says_where_the_runtime_rounds_activations(
+    group: int, k_axis: int, bits: int, tmp_path: Path
+) -> None:
+    model = linear(make_encoding((64, 48), group=group, k_axis=k_axis, bits=bits))
+    remarks = lower(model, "ort-cpu{accuracy_level=0,decode=call}")
+    if ops(model) != ["DequantizeLinear", "MatMul"]:
+        return  # A kernel of its own holds this one.
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "seen.onnx")
+    data = ir.to_proto(model.ir).SerializeToString()
+    ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    fused = "MatMulNBits" in [n.op_type for n in ir.load(tmp_path / "seen.onnx").graph]
+    assert ("makes it a MatMulNBits with 8-bit activations" in remarks.items[-1].text) == fused
 
 
 def test_outliers_stay_exact() -> None:

@@ -20,6 +20,7 @@ from effic.passes.pipeline import fingerprint
 from effic.passes.statistics import (
     BUFFER_BYTES,
     BUFFER_ROWS,
+    LARGEST,
     Accumulator,
     RangeAccumulator,
     RangeStatistics,
@@ -262,7 +263,8 @@ class Calibration:
                         if not sums[key].add(rows.of(values[key[0]])):
                             raise NotMeasuredError(
                                 f"on calibration sample {sample} (from {self.source}) the value '{key[0]}' becomes "
-                                "infinite or not a number, so nothing can be calibrated on it; give other samples"
+                                f"infinite, not a number or larger than {LARGEST:g}, so nothing can be calibrated "
+                                "on it; give other samples"
                             )
                 yield {key: sums.pop(key).finish() for key in here}
         finally:

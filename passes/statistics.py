@@ -11,6 +11,8 @@ import numpy as np
 # Rows are gathered until a matrix product is worth its call, and until they take this much memory.
 BUFFER_ROWS = 1024
 BUFFER_BYTES = 16 << 20
+# Sums of squares of larger values could leave float32's range; no trained network has them.
+LARGEST = 1e15
 # Weights whose output error is computed at a time.
 _ERROR_BYTES = 64 << 20
 
@@ -121,7 +123,7 @@ class Accumulator:
             rows: ``[n, G, K]`` or, for one group, ``[n, K]``; any floating type.
 
         Returns:
-            Whether all of them were finite; otherwise the statistics are spoiled.
+            Whether all of them were finite and below :data:`LARGEST`; otherwise the statistics are spoiled.
         """
         rows = np.asarray(rows, np.float32).reshape(-1, self.groups, self.width)
         if not len(rows):
@@ -138,7 +140,8 @@ class Accumulator:
             self._buffered += len(rows)
             if self._buffered >= BUFFER_ROWS or self._buffered * flat.shape[1] * 4 >= BUFFER_BYTES:
                 self._flush()
-        return bool(np.isfinite(self._sum_abs).all())
+        # NaN is neither.
+        return bool(self._low.min(initial=0) > -LARGEST and self._high.max(initial=0) < LARGEST)
 
     def finish(self) -> SiteStatistics:
         """The statistics of all rows; the accumulator is used up."""

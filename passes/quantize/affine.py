@@ -411,6 +411,8 @@ def quantization_noise(matrix: np.ndarray, axis: int, grid: Grid) -> tuple[float
         decoded = dequantize(codes, done.scales, done.zero_points, axis if block else 1 - axis, block)
         exact = part.astype(np.float32)
         error = (exact - decoded.astype(np.float32)).reshape(-1)
-        signal += float(np.dot(exact.reshape(-1), exact.reshape(-1)))
-        noise += float(np.dot(error, error))
+        # Squares beyond float32's range count as infinite.
+        with np.errstate(over="ignore"):
+            signal += float(np.dot(exact.reshape(-1), exact.reshape(-1)))
+            noise += float(np.dot(error, error))
     return signal, noise, sampled

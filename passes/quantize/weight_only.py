@@ -225,8 +225,9 @@ def report(encoding: Encoding, axis: str, before: int, sqnr: float | None, **mor
 
 
 def decibels(signal: float, noise: float) -> float | None:
-    """``10·log10(signal / noise)``; None when there is no noise or no signal."""
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    """``10·log10(signal / noise)``; None when there is no noise or no signal, or one cannot be represented."""
+    measured = 0 < signal < math.inf and 0 < noise < math.inf
+    return 10 * math.log10(signal / noise) if measured else None
 
 
 def sentence(figures: dict[str, Any]) -> str:

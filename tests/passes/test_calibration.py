@@ -254,6 +254,13 @@ def test_values_that_are_not_finite_stop_the_walk() -> None:
         calibration.ranges(model, [model.graph[0].outputs[0]])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e16, -1e37])
+def test_values_whose_squares_float32_cannot_sum_spoil_the_statistics(value: float) -> None:
+    accumulator = Accumulator(1, 4, second_moment=True, sketch=0)
+    assert accumulator.add(np.full((2, 4), 1e14, np.float32))
+    assert not accumulator.add(np.array([[0, 0, value, 1]], np.float32))
+
+
 def test_samples_that_lack_an_input_are_refused() -> None:
     with pytest.raises(UsageError, match="lack the model's input 'x'"):
         list(Calibration.of([{"z": random(2, 6)}]).ranges(linear(), list(linear().graph.outputs)))

@@ -444,3 +444,10 @@ def test_the_report_says_what_a_weight_takes_in_the_file(axis: str, bits: int, f
     stored = sum(v.const_value.nbytes for v in model.graph.initializers.values())
     assert stored == remark.data["bytes_after"]
     assert ("3.25 bits per weight (4.25 in the file)" in remark.text) == (bits == 3)
+
+
+def test_weights_too_large_to_be_squared_have_no_ratio_of_squares() -> None:
+    model = linear((np.random.default_rng(0).standard_normal((64, 32)) * 1e30).astype(np.float32))
+    remarks = Remarks()
+    QuantizeRTN(min_size=0, group_size=32).apply(model, remarks)
+    assert [(r.kind, r.data["sqnr_db"]) for r in remarks.items] == [("passed", None)]

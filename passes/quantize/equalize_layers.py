@@ -11,7 +11,7 @@ from effic.ir.model import Model
 from effic.ir.weights import WeightSite, weight_sites
 from effic.passes.base import Numerics, Pass, Remarks, option
 from effic.passes.quantize.equalize import equalize
-from effic.passes.quantize.fold_scales import LINEARS, ScaleFlow, Scaling
+from effic.passes.quantize.fold_scales import LINEARS, ScaleFlow, Scaling, channel_ranges
 from effic.passes.quantize.weight_only import matches_site
 
 # Factors nearer to 1 than this are the rounding of an earlier run.
@@ -32,8 +32,8 @@ class EqualizeLayers(Pass):
 
     Missed when what lies between is not positively homogeneous (Clip, and with it ReLU6; Sigmoid; a
     batch norm), when the value between is read by anything but layers (a residual Add) or is a graph
-    output, when a weight is shared, encoded or computed at run time, and when the ranges are equal
-    already.
+    output, when a weight is shared, encoded, computed at run time or not finite, and when the ranges are
+    equal already.
     """
 
     name: ClassVar[str] = "equalize-layers"
@@ -80,4 +80,6 @@ class EqualizeLayers(Pass):
         for site in (pair.producer.site, *sites):
             if site is not None and matches_site(site, self.skip):
                 return f"'{site.name}' is named in skip"
+            if site is not None and not np.isfinite(channel_ranges(site)).all():
+                return f"'{site.name}' holds a weight that is infinite or not a number"
         return None

@@ -162,3 +162,17 @@ def test_encoded_and_shared_weights_stay(make_net: MakeNet) -> None:
     assert not ScaleFlow(model).scalings()
     assert len(ScaleFlow(model, encoded=True).scalings()) == 1
     assert {site.name for site in weight_sites(model, LINEARS)} == {"w1", "w2"}
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_weights_that_are_not_finite_stay(make_net: MakeNet, wrong: float) -> None:
+    model = make_net(
+        "(float[N,8] x) => (float[N,8] y)",
+        "a = MatMul(x, w1)  r = Relu(a)  y = MatMul(r, w2)",
+        w1=np.where(np.eye(8) > 0, wrong, 1).astype(np.float32),
+        w2=np.full((8, 8), 3, np.float32),
+    )
+    remarks = Remarks()
+    EqualizeLayers().apply(model, remarks)
+    assert [r.kind for r in remarks.items] == ["missed", "missed"]
+    assert "'w1' holds a weight that is infinite or not a number" in " ".join(r.text for r in remarks.items)

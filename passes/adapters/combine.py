@@ -191,7 +191,7 @@ def _content(module: AdapterModule) -> int:
     value = zlib.crc32(module.path.encode())
     for array in arrays:
         if array is not None:
-            value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), value)
+            value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
     return value
 
 
@@ -299,16 +299,20 @@ def _mixer(combine: str, density: float, sign: str, seed: int) -> _Mixer:
         if combine in ("ties", "magnitude_prune"):
             kept = [largest(tensor, density) for tensor in tensors]
         elif combine != "linear" and density < 1:
-            kept = []
-            for tensor, module in zip(tensors, modules, strict=True):
-                random = np.random.default_rng([seed, part, _content(module)])
-                mask = random.random(tensor.shape, np.float32) < density
-                kept.append(np.where(mask, tensor / density, 0))
+            kept = [
+                np.where(_drawn(tensor.shape, density, (seed, part, _content(module))), tensor / density, 0)
+                for tensor, module in zip(tensors, modules, strict=True)
+            ]
         else:
             kept = list(tensors)
         return agreed(kept, weights, sign) if combine in ("ties", "dare_ties") else weighted(kept, weights)
 
     return mix
+
+
+def _drawn(shape: tuple[int, ...], density: float, seed: tuple[int, int, int]) -> np.ndarray:
+    """A mask that holds each entry with probability ``density``."""
+    return np.random.default_rng(seed).random(shape, np.float32) < density
 
 
 def largest(tensor: np.ndarray, density: float) -> np.ndarray:
@@ -351,7 +355,7 @@ def agreed(tensors: Sequence[np.ndarray], weights: Sequence[float], sign: str) -
         keeps = np.sign(tensor) == winner
         mixed += np.where(keeps, tensor * weight, 0)
         count += keeps
-    return mixed / np.maximum(count, 1)
+    return np.asarray(mixed / np.maximum(count, 1))
 
 
 def _wrong(module: AdapterModule, text: str) -> UsageError:

@@ -271,7 +271,7 @@ def dora_norms(
 
 def _norms(matrix: np.ndarray, axis: int) -> np.ndarray:
     # A vocabulary is long: summed in double precision.
-    return np.sqrt(np.add.reduce(np.square(matrix), axis=axis, dtype=np.float64))
+    return np.asarray(np.sqrt(np.add.reduce(np.square(matrix), axis=axis, dtype=np.float64)))
 
 
 def _rescaled(module: AdapterModule, base: np.ndarray, delta: np.ndarray) -> np.ndarray:
@@ -304,7 +304,7 @@ def _paca(module: AdapterModule, base: np.ndarray, dtype: Dtype) -> np.ndarray:
             f"{list(base.shape)}",
         )
     delta = _nothing(base.shape, dtype)
-    delta[:, columns] = new.astype(dtype) * module.scaling - base[:, columns].astype(dtype)
+    delta[:, columns] = _in(new, dtype) * module.scaling - _in(base[:, columns], dtype)
     return delta
 
 
@@ -333,21 +333,21 @@ def _s2ft(module: AdapterModule, base: np.ndarray, dtype: Dtype) -> np.ndarray:
 
 
 def _svfit(module: AdapterModule, base: np.ndarray, dtype: Dtype) -> np.ndarray:
-    u, v = module.extra["u"].astype(dtype), module.extra["v"].astype(dtype)
+    u, v = _in(module.extra["u"], dtype), _in(module.extra["v"], dtype)
     if (len(u), len(v)) != base.shape:
         raise _wrong(
             module, f"is for a weight of shape {[len(u), len(v)]}, but its weight is {list(base.shape)}"
         )
     before = module.extra.get("sigma0")
     if before is None:
-        before = np.add.reduce((base.astype(dtype) @ v) * u, axis=0)
-    change = module.extra["sigma"].astype(dtype) - before.astype(dtype)
+        before = np.add.reduce((_in(base, dtype) @ v) * u, axis=0)
+    change = _in(module.extra["sigma"], dtype) - _in(before, dtype)
     return product(u * change, np.ascontiguousarray(v.T))
 
 
 def _l4q(module: AdapterModule, base: np.ndarray, dtype: Dtype) -> np.ndarray:
     merged = l4q_merged(module, base)
-    return merged.decode().astype(dtype) - base.astype(dtype)
+    return np.asarray(_in(merged.decode(), dtype) - _in(base, dtype))
 
 
 class L4QWeight(NamedTuple):
@@ -422,6 +422,10 @@ _METHODS: dict[str, Callable[[AdapterModule, np.ndarray, Dtype], np.ndarray]] = 
     "svfit": _svfit,
     "l4q": _l4q,
 }
+
+
+def _in(array: np.ndarray, dtype: Dtype) -> np.ndarray:
+    return np.asarray(array, dtype)
 
 
 def _wrong(module: AdapterModule, text: str) -> UsageError:

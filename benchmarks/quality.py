@@ -76,10 +76,10 @@ def rows(subject: Subject) -> Iterator[Row]:
     """The table of a subject: peers first, then effic, per width."""
     if subject.convolutional:
         yield from _static(subject)
-        yield from _effic(subject, with_linear=False)
+        yield from _effic(subject)
         return
     yield from _peers(subject.group)
-    yield from _effic(subject, with_linear=True)
+    yield from _effic(subject)
     yield Row("onnxruntime", "dynamic int8", "8", "dynamic_int8")
     yield Row("effic", "int8 dynamic", "8", "quantize-int8{mode=dynamic}")
 
@@ -112,25 +112,36 @@ def _peers(group: int) -> Iterator[Row]:
         yield Row("onnxruntime", "HQQ", shown, "hqq", channel, True)
 
 
-def _effic(subject: Subject, *, with_linear: bool) -> Iterator[Row]:
+WEIGHT_ONLY = (
+    ("RTN", "quantize-rtn", False),
+    ("RTN, asymmetric", "quantize-rtn{symmetric=false}", False),
+    ("AdaDim-RTN", "quantize-adadim", True),
+    ("AWQ", "quantize-awq", True),
+    ("GPTQ", "quantize-gptq", True),
+    ("GPTQ, asymmetric", "quantize-gptq{symmetric=false}", True),
+    ("AdaDim-GPTQ", "quantize-adadim{base=gptq}", True),
+    ("AdaDim-GPTQ, asymmetric", "quantize-adadim{base=gptq,symmetric=false}", True),
+)
+PER_CHANNEL = (
+    ("RTN", "quantize-rtn{group_size=-1}", False),
+    ("GPTQ", "quantize-gptq{group_size=-1}", True),
+    ("EasyQuant", "quantize-easyquant", False),
+    # As many bits as HQQ takes, whose zero points are floats.
+    ("EasyQuant, fewer outliers", "quantize-easyquant{outlier_sigma=3.1}", False),
+)
+
+
+def _effic(subject: Subject) -> Iterator[Row]:
     """effic's weight-only methods; the text of the passes is what a user would write."""
     for bits in (4, 3):
-        common = [f"bits={bits}", f"group_size={subject.group}", *([subject.kinds] if subject.kinds else [])]
-        for method, text, calibrated in (
-            ("RTN", "quantize-rtn{}", False),
-            ("RTN, asymmetric", "quantize-rtn{symmetric=false}", False),
-            ("AdaDim-RTN", "quantize-adadim{base=rtn}", True),
-            ("AWQ", "quantize-awq{}", True),
-            ("GPTQ", "quantize-gptq{}", True),
-            ("AdaDim-GPTQ", "quantize-adadim{base=gptq}", True),
-        ):
-            if subject.convolutional and method == "AWQ":
-                continue
-            yield Row("effic", method, str(bits), _with(text, common), calibrated=calibrated)
-        channel = [f"bits={bits}", "group_size=-1", *([subject.kinds] if subject.kinds else [])]
-        for method, text in (("RTN", "quantize-rtn{}"), ("EasyQuant", "quantize-easyquant{}")):
-            options = channel if method == "RTN" else [o for o in channel if not o.startswith("group_size")]
-            yield Row("effic", method, f"{bits}, a scale per channel", _with(text, options))
+        common = [f"bits={bits}", *([subject.kinds] if subject.kinds else [])]
+        for method, text, calibrated in WEIGHT_ONLY:
+            passes = _with(text, [*common, f"group_size={subject.group}"])
+            yield Row("effic", method, str(bits), passes, calibrated=calibrated)
+        for method, text, calibrated in PER_CHANNEL:
+            yield Row(
+                "effic", method, f"{bits}, a scale per channel", _with(text, common), calibrated=calibrated
+            )
 
 
 def _with(text: str, options: Sequence[str]) -> str:

@@ -114,7 +114,8 @@ def _jobs(source: Path, small: Path, folder: Path, peers: bool, repeats: int) ->
     for method, call, file, samples in (
         ("onnxruntime HQQ", HQQ, small, small_data), ("onnxruntime GPTQ", GPTQ, source, data)
     ):  # fmt: skip
-        text = call.format(source=str(file), output=str(out / "model.onnx"))
+        # Not the input's name: it looks for the data file to write beside the input.
+        text = call.format(source=str(file), output=str(out / "quantized.onnx"))
         yield Job(method, PEER.format(data=str(samples), call=text), file, 1)
 
 

@@ -96,7 +96,10 @@ def combined_delta(
     """
     _check(modules, combine, space, density, svd_rank, sign, seed)
     single = len(modules) == 1
-    inflated = peft_compat and modules[0][0].use_rslora and combine != "delta_sum"
+    of_peft = peft_compat and combine != "delta_sum"
+    if of_peft and (rescaled := next((module for module, _ in modules if module.use_dora), None)):
+        raise _wrong(rescaled, "has DoRA, which PEFT does not combine; use combine=delta_sum")
+    inflated = of_peft and modules[0][0].use_rslora
     if single and (combine == "linear" or peft_compat):
         # Of one adapter, linear is the product itself; PEFT adds a single adapter whatever it is told.
         combine = "delta_sum"

@@ -279,6 +279,8 @@ def test_what_is_no_sum_is_refused() -> None:
     assert np.array_equal(
         combined_delta(items[:1], base(), combine="linear"), module_delta(items[0][0], base())
     )
+    with pytest.raises(UsageError, match="which PEFT does not combine"):
+        combined_delta(items[:1], base(), combine="linear", peft_compat=True)
     with pytest.raises(UsageError, match="at least one"):
         combined_delta([], base())
     with pytest.raises(UsageError, match="weight nan"):

@@ -310,12 +310,21 @@ def command(models: tuple[str, ...], only: str, saved: Path | None, job: str | N
             base, results = subject.score(subject.fp32), []
             wanted = [r for r in rows(subject) if only in f"{r.tool} {r.method} {r.bits}"]
             for number, row in enumerate(wanted):
-                print(f"\r{name} {number + 1}/{len(wanted)}", end="", file=sys.stderr, flush=True)
                 results.append(measure(row, subject, Path(made)))
+                print(
+                    f"{name} {number + 1}/{len(wanted)}: {_brief(results[-1])}", file=sys.stderr, flush=True
+                )
             report(subject, base, results, base_peak)
             figures += [_figures(name, r) for r in results]
     if saved is not None:
         saved.write_text(json.dumps(figures, indent=1, default=lambda v: np.asarray(v).tolist()))
+
+
+def _brief(result: Result) -> str:
+    row = result.row
+    scores = {} if result.shipped is None else dict(result.shipped.cells)
+    found = result.failure or ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    return f"{row.tool} {row.method}, {row.bits}: {found}; {result.bits:.3f} bits, {result.seconds:.1f} s"
 
 
 def _figures(model: str, result: Result) -> dict[str, Any]:

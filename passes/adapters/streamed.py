@@ -7,9 +7,11 @@ copying the file does.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -19,8 +21,16 @@ from scipy.linalg.blas import dgemm, sgemm
 from effic.ir.mapped import MappedTensor
 from effic.ir.tensors import borrow
 
-# Weights per block: with the buffers, about a 1 MiB second-level cache.
-_BLOCK = 1 << 17
+# Weights per block: a call to the system and one to the other thread are nothing beside it.
+_BLOCK = 1 << 18
+
+# A product of at most so many multiplications is left to one thread by OpenBLAS (its
+# SMP_THRESHOLD_MIN times GEMM_MULTITHREAD_THRESHOLD), which here would wait for memory and for each
+# other; so many rows are done at a time; and above this rank the multiplications cost more than moving
+# the weight, so that threads are welcome.
+_MULTIPLICATIONS = 1 << 18
+_HEIGHT = 8
+_THIN = 64
 
 # Rows looked at to estimate the norm of a large weight; good to about a percent.
 _SAMPLE = 64
@@ -86,23 +96,50 @@ class MergedTensor(ir.LazyTensor):
         """The merged matrix from the top, some rows at a time; a block is valid until the next."""
         rows, columns = self.matrix_shape
         step = min(rows, max(1, _BLOCK // max(1, columns)))
-        stored = np.dtype(self.dtype.numpy())
-        compute = self.terms[0].left.dtype
-        wide = np.empty((step, columns), compute)
-        narrow = wide if stored == compute else np.empty((step, columns), stored)
-        for start, block in _rows(self.base, self.matrix_shape, narrow):
-            touched = [t for t in self.terms if t.rows[0] < start + len(block) and start < t.rows[1]]
-            if not touched:
+        starts = range(0, rows, step)
+        with contextlib.ExitStack() as open_until_the_end:
+            source = None
+            if not (isinstance(self.base, MappedTensor) and hasattr(os, "preadv")):
+                source = open_until_the_end.enter_context(borrow(self.base)).reshape(self.matrix_shape)
+            if len(starts) < 2:
+                yield from (self._block(start, self._buffers(step), source) for start in starts)
+                return
+            # One block is made while the other is written.
+            slots = [self._buffers(step), self._buffers(step)]
+            worker = open_until_the_end.enter_context(ThreadPoolExecutor(1))
+            coming = worker.submit(self._block, 0, slots[0], source)
+            for number in range(len(starts)):
+                block = coming.result()
+                if number + 1 < len(starts):
+                    coming = worker.submit(self._block, starts[number + 1], slots[(number + 1) % 2], source)
                 yield block
-                continue
-            sums = wide[: len(block)]
-            if sums.dtype != block.dtype:
-                np.copyto(sums, block, casting="unsafe")
-            for term in touched:
-                _add(sums, start, term)
-            if sums.dtype != block.dtype:
-                np.copyto(block, sums, casting="unsafe")
-            yield block
+
+    def _buffers(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Room for some rows as stored and as computed: the same where the dtypes are."""
+        stored, compute = np.dtype(self.dtype.numpy()), self.terms[0].left.dtype
+        narrow = np.empty((rows, self.matrix_shape[1]), stored)
+        return narrow, narrow if stored == compute else narrow.astype(compute)
+
+    def _block(
+        self, start: int, buffers: tuple[np.ndarray, np.ndarray], source: np.ndarray | None
+    ) -> np.ndarray:
+        """The merged rows from ``start`` on, in the first of the buffers."""
+        count = min(len(buffers[0]), self.matrix_shape[0] - start)
+        block, sums = buffers[0][:count], buffers[1][:count]
+        if source is None:
+            _read(self.base, start * block.shape[1] * block.dtype.itemsize, block)
+        else:
+            block[...] = source[start : start + count]
+        touched = [t for t in self.terms if t.rows[0] < start + count and start < t.rows[1]]
+        if not touched:
+            return block
+        if sums.dtype != block.dtype:
+            np.copyto(sums, block, casting="unsafe")
+        for term in touched:
+            _add(sums, start, term)
+        if sums.dtype != block.dtype:
+            np.copyto(block, sums, casting="unsafe")
+        return block
 
 
 def _add(sums: np.ndarray, start: int, term: Term) -> None:
@@ -110,40 +147,41 @@ def _add(sums: np.ndarray, start: int, term: Term) -> None:
     first, last = max(start, term.rows[0]), min(start + len(sums), term.rows[1])
     left = term.left[first - term.rows[0] : last - term.rows[0]]
     target = sums[first - start : last - start, term.columns[0] : term.columns[1]]
-    if not target.flags.c_contiguous:
+    rank, width = term.right.shape
+    if rank > _THIN or not left.size:
         target += left @ term.right
         return
-    # BLAS counts columns first: the transposed block is a contiguous matrix to it, updated in one pass.
-    gemm = sgemm if sums.dtype == np.float32 else dgemm
-    gemm(1.0, term.right.T, left.T, beta=1.0, c=target.T, overwrite_c=True)
-
-
-def _rows(
-    tensor: ir.TensorProtocol, shape: tuple[int, int], buffer: np.ndarray
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of a tensor, copied into ``buffer`` some at a time, with the number of the first."""
-    rows, columns = shape
-    if isinstance(tensor, MappedTensor) and hasattr(os, "preadv"):
-        # Read, not mapped: no page faults, and no pages that count as this process's memory.
-        row_bytes = columns * buffer.dtype.itemsize
-        for start in range(0, rows, len(buffer)):
-            block = buffer[: min(len(buffer), rows - start)]
-            room = memoryview(block.reshape(-1).view(np.uint8))
-            at = (tensor.offset or 0) + start * row_bytes
-            while room:
-                done = os.preadv(tensor.file.fd, [room], at)
-                if done == 0:
-                    raise OSError(f"{tensor.file.path} has become shorter")
-                room, at = room[done:], at + done
-            yield start, block
+    if target.flags.c_contiguous and width * rank * _HEIGHT <= _MULTIPLICATIONS:
+        # BLAS counts columns first: transposed, rows are a contiguous matrix to it, updated in one pass.
+        gemm = sgemm if sums.dtype == np.float32 else dgemm
+        for row in range(0, len(left), _HEIGHT):
+            rows = slice(row, row + _HEIGHT)
+            gemm(1.0, term.right.T, left[rows].T, beta=1.0, c=target[rows].T, overwrite_c=True)
         return
-    with borrow(tensor) as array:
-        matrix = array.reshape(shape)
-        for start in range(0, rows, len(buffer)):
-            block = buffer[: min(len(buffer), rows - start)]
-            block[...] = matrix[start : start + len(block)]
-            yield start, block
-        del array, matrix
+    step = _MULTIPLICATIONS // (_HEIGHT * rank)
+    product = np.empty((min(_HEIGHT, len(left)), width), sums.dtype)
+    for row in range(0, len(left), _HEIGHT):
+        part = left[row : row + _HEIGHT]
+        for column in range(0, width, step):
+            columns = slice(column, column + step)
+            np.matmul(part, term.right[:, columns], out=product[: len(part), columns])
+        target[row : row + _HEIGHT] += product[: len(part)]
+
+
+def _read(tensor: ir.TensorProtocol, at: int, block: np.ndarray) -> None:
+    """Fill a block with bytes of a mapped tensor from ``at`` on.
+
+    Read, not mapped: no page faults, and no pages that count as this process's memory.
+    """
+    if not isinstance(tensor, MappedTensor):
+        raise TypeError(f"'{tensor.name}' is not mapped")
+    room = memoryview(block.reshape(-1).view(np.uint8).data)
+    at += tensor.offset or 0
+    while room:
+        done = os.preadv(tensor.file.fd, [room], at)
+        if done == 0:
+            raise OSError(f"{tensor.file.path} has become shorter")
+        room, at = room[done:], at + done
 
 
 def norm_of(tensor: ir.TensorProtocol, shape: tuple[int, int]) -> tuple[float, bool]:

@@ -15,6 +15,7 @@ NAMES = (
     "input_group_forms",
     "outlier_forms",
     "int8_static",
+    "adapters_as_inputs",
     "real_models",
 )
 

@@ -30,8 +30,11 @@ class Slot(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Rank, inputs and outputs."""
-        rank, into = (int(d) for d in self.a.shape or (0, 0))  # type: ignore[call-overload]
-        return rank, into, int(self.b.shape[0]) if self.b.shape is not None else 0  # type: ignore[arg-type]
+        a, b = self.a.const_value, self.b.const_value
+        if a is None or b is None:
+            return 0, 0, 0
+        (rank, into), (out, _) = a.shape.numpy(), b.shape.numpy()
+        return rank, into, out
 
 
 def adapter_feeds(

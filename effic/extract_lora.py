@@ -246,9 +246,9 @@ def _difference(site: WeightSite, other: WeightSite) -> tuple[np.ndarray, float]
     dtype = np.float64 if site.dtype == ir.DataType.DOUBLE else np.float32
     with site.matrix() as old, other.matrix() as new:
         # An array of its own, turned to [out, in].
-        delta = np.array(new if other.in_axis == 1 else new.T, dtype=dtype, order="C")
-        wide = (old if site.in_axis == 1 else old.T).astype(dtype, copy=False)
-        delta -= wide
+        delta: np.ndarray = np.array(new if other.in_axis == 1 else new.T, dtype=dtype, order="C")
+        wide: np.ndarray = (old if site.in_axis == 1 else old.T).astype(dtype, copy=False)
+        np.subtract(delta, wide, out=delta)
         norm = float(np.linalg.norm(wide))
         del wide
     return delta, norm

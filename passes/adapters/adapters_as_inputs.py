@@ -116,7 +116,7 @@ def why_not(site: WeightSite, model: Model) -> str | None:
             return f"is read by a {node.op_type} too, which an adapter of the layer would not reach"
         if use.index != 1:
             return f"is the left operand of {node.op_type} '{node.name}'"
-        if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+        if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1:
             return f"is read by Gemm '{node.name}', which transposes its input"
         if node.op_type == "Gemm" and node.attributes.get_float("alpha", 1.0) != 1.0:
             return f"is scaled by Gemm '{node.name}' (alpha); canonicalize-linear multiplies that in"

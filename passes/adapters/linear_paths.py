@@ -86,7 +86,7 @@ class Product:
     def outputs(self) -> int:
         """Output channels."""
         shape = self.weight.shape
-        return shape[0] if self.turned or self.kind == "conv" else shape[-1]
+        return int(shape[0] if self.turned or self.kind == "conv" else shape[-1])
 
     def matrix(self, dtype: type[np.floating]) -> np.ndarray:
         """The weight as ``[…, in, out]`` in ``dtype``."""
@@ -138,7 +138,7 @@ class LinearMap:
     @property
     def rank(self) -> int:
         """An upper bound of the rank of :meth:`matrix`."""
-        return min(min(m.shape[-2:]) for m in self.matrices)
+        return min(int(min(m.shape[-2:])) for m in self.matrices)
 
     def matrix(self) -> np.ndarray:
         """The one matrix ``[…, in, out]`` that all are.

@@ -13,7 +13,7 @@ import os
 import secrets
 import struct
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.mapped import FileMap
+from effic.ir.tensors import drop_pages
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -146,7 +147,7 @@ def write_safetensors(
     for name, array in tensors.items():
         header[name] = {
             "dtype": codes[_dtype(array)],
-            "shape": [int(d) for d in array.shape],
+            "shape": _shape(array),
             "data_offsets": [at, at + array.nbytes],
         }
         at += array.nbytes
@@ -158,7 +159,7 @@ def write_safetensors(
             file.write(struct.pack("<Q", len(text)) + text)
             for array in tensors.values():
                 if not isinstance(array, np.ndarray):
-                    array.tofile(file)
+                    _stream(array, file)
                     continue
                 # memoryview knows no bf16: the bytes are written, whatever they mean.
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -168,6 +169,18 @@ def write_safetensors(
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)
+
+
+def _stream(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.tofile(file)
+        drop_pages(tensor)
+    else:
+        file.write(tensor.tobytes())
+
+
+def _shape(tensor: np.ndarray | ir.TensorProtocol) -> list[int]:
+    return list(tensor.shape if isinstance(tensor, np.ndarray) else tensor.shape.numpy())
 
 
 def _dtype(tensor: np.ndarray | ir.TensorProtocol) -> np.dtype[Any]:

@@ -302,7 +302,7 @@ def _wrapped(paths: Iterable[str], parameters: Sequence[str]) -> dict[str, tuple
     owners: dict[str, list[str]] = {}
     for path in paths:
         owners.setdefault(_plain(path), []).append(path)
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for owner, wrapped in owners.items():
         leaves = []
         for name in parameters:
@@ -350,7 +350,7 @@ def _s2ft_rank(parts: Mapping[str, np.ndarray]) -> int:
     along, first = int(axis.item()), int(start.item())
     if along not in (0, 1) or first < 0:
         return 0
-    rank = s2.shape[along]
+    rank = int(s2.shape[along])
     if order is not None and not (
         order.ndim == 1
         and first + rank <= order.size

@@ -158,6 +158,7 @@ def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     exact = any(module.method in ("paca", "l4q") for module, _ in target.modules)
     wide = exact or dtype_of(place) == ir.DataType.DOUBLE
     dtype: Dtype = np.float64 if wide else recipe.dtype
+    base: np.ndarray
     if site is not None and site.encoding is not None:
         base = decode(site.encoding).astype(dtype)
     else:
@@ -166,7 +167,7 @@ def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
             raise UnsupportedError(f"'{place.name}' is no constant any more")
         with borrow(tensor) as array:
             base = np.array(array, dtype=dtype)
-    merged = base.copy()
+    merged: np.ndarray = base.copy()
     if len(target.whole) == 1 and target.whole[0][1] == 1.0:
         merged[...] = target.whole[0][0]
     else:

@@ -128,8 +128,8 @@ def save_originals(path: str, targets: Sequence[Target]) -> str:
         if encoding.outliers is not None:
             tensors[f"{place.name}#indices"] = encoding.outliers.indices
             tensors[f"{place.name}#values"] = encoding.outliers.values
-    for name, tensor in tensors.items():
-        dtype = tensor.dtype if isinstance(tensor, np.ndarray) else tensor.dtype.numpy()
+    for name, kept in tensors.items():
+        dtype = kept.dtype if isinstance(kept, np.ndarray) else kept.dtype.numpy()
         if dtype not in DTYPES.values():
             raise UnsupportedError(f"'{name}' is of type {dtype}, which a safetensors file cannot keep")
     write_safetensors(path, tensors, {_ENCODINGS: json.dumps(encodings)})

@@ -106,7 +106,7 @@ def why_no_branch(uses: Sequence[WeightUse]) -> str | None:
         node = use.node
         if node.op_type not in ("MatMul", "Gemm"):
             return f"is read by {describe(node)}; branches are kept beside MatMul and Gemm only"
-        if use.index != 1 or node.attributes.get_int("transA", 0):
+        if use.index != 1 or node.attributes.get_int("transA", 0) != 0:
             return f"is the left operand of {describe(node)}, or that turns its input"
         if node.inputs[0] is None or node.outputs[0].name is None:
             return f"is read by {describe(node)}, which has no input"

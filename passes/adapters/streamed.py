@@ -175,7 +175,7 @@ def _read(tensor: ir.TensorProtocol, at: int, block: np.ndarray) -> None:
     """
     if not isinstance(tensor, MappedTensor):
         raise TypeError(f"'{tensor.name}' is not mapped")
-    room = memoryview(block.reshape(-1).view(np.uint8).data)
+    room = block.reshape(-1).view(np.uint8).data
     at += tensor.offset or 0
     while room:
         done = os.preadv(tensor.file.fd, [room], at)

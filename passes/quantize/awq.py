@@ -104,12 +104,17 @@ def search(layers: Sequence[Layer], loudness: np.ndarray, free: np.ndarray) -> S
 
 
 def factors(loudness: np.ndarray, free: np.ndarray, ratio: float) -> np.ndarray:
-    """``clamp(mean|x|^r, 1e-4)``, divided by the geometric mean of its extremes; 1 where not free."""
-    if ratio == 0 or not free.any():
+    """``clamp(mean|x|^r, 1e-4)``, divided by the geometric mean of its extremes; 1 where not free.
+
+    It is 1 as well for a channel that was silent on the data. The authors' code clamps it: its weights
+    would be rounded to zero, and should it wake up, it would be ten thousand times as loud as before.
+    """
+    moved = free & (loudness > 0)
+    if ratio == 0 or not moved.any():
         return np.ones(loudness.size)
     found = np.maximum(loudness.astype(np.float64) ** ratio, _LEAST)
-    found /= np.sqrt(found[free].max() * found[free].min())
-    return np.where(free, found, 1.0)
+    found /= np.sqrt(found[moved].max() * found[moved].min())
+    return np.where(moved, found, 1.0)
 
 
 def scaled_rounding(weight: np.ndarray, columns: np.ndarray, layer: Layer) -> np.ndarray:

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from effic.ir.encodings import Encoding, code_type
+from effic.ir.encodings import Encoding, code_type, decode
 from effic.ir.model import Model
 from effic.ir.weights import WeightSite
 from effic.passes.base import CalibratedPass, Remarks, option
 from effic.passes.calibration import Calibration
-from effic.passes.quantize.affine import Grid, quantization_noise, quantize
+from effic.passes.quantize.affine import Grid, quantize
 from effic.passes.quantize.awq import Layer, clipped, search, search_clipping
 from effic.passes.quantize.fold_scales import ScaleFlow, Scaling, per_input_channel
 from effic.passes.quantize.quantize_rtn import encode
@@ -197,8 +197,12 @@ def encode_clipped(
     done = quantize(held, run, grid, storage)
     if done is None:
         return None, None, False
-    signal, noise, sampled = quantization_noise(held, run, grid)
     encoding = encoding_of(
         model, site, grid, "oc", done.packed, done.scales, done.zero_points, packed=storage.bitwidth < 8
     )
-    return encoding, decibels(signal, noise), sampled
+    with site.matrix() as matrix:
+        # Against the weight as it was: what was clipped is lost as well.
+        exact = matrix.astype(np.float32).reshape(-1)
+        lost = exact - decode(encoding).astype(np.float32).reshape(-1)
+    with np.errstate(over="ignore"):
+        return encoding, decibels(float(np.dot(exact, exact)), float(np.dot(lost, lost))), False

@@ -111,8 +111,10 @@ def test_factors_are_balanced_and_spare_what_is_not_free(seed: int, ratio: float
     found = factors(loudness, free, ratio)
     assert (found[~free] == 1).all()
     assert (found > 0).all()
-    if free.any():
-        np.testing.assert_allclose(found[free].max() * found[free].min(), 1, rtol=1e-6)
+    assert found[3] == 1, "it was silent"
+    moved = free & (loudness > 0)
+    if moved.any():
+        np.testing.assert_allclose(found[moved].max() * found[moved].min(), 1, rtol=1e-6)
     np.testing.assert_array_equal(factors(loudness, free, 0), np.ones(12))
 
 
@@ -278,6 +280,18 @@ def never_worse(remarks: Remarks) -> None:
             if "producer" not in r.data:
                 assert r.data["ratio"] == 0
     assert all(np.isfinite(pair).all() for rows in errors.values() for pair in rows)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_ratio_of_weights_counts_what_was_clipped(make_net: MakeNet, clip: bool) -> None:
+    model = net(make_net, body="h = Relu(x)  p = MatMul(h, v)  q = MatMul(h, w)")
+    remark = passed(apply(model, [{"x": loud(0, 64, 24)}], bits=3, clip=clip))["v"]
+    site = next(s for s in weight_sites(model) if s.name == "v")
+    encoding = recognise(site.value)
+    assert encoding is not None
+    weight = random(24, 16, seed=1)
+    noise = np.square(weight - decode(encoding)).sum()
+    assert remark.data["sqnr_db"] == pytest.approx(10 * np.log10(np.square(weight).sum() / noise), abs=0.01)
 
 
 def test_weights_that_are_not_finite_are_left(make_net: MakeNet) -> None:

@@ -38,7 +38,7 @@ def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> A
         default: its default; without one the option must be given.
         help: one line for ``effic explain``.
         limits: ``ge=``, ``le=`` (numbers, inclusive) or ``choices=`` (a tuple); a ``Literal`` type
-            needs no ``choices``.
+            needs no ``choices``. ``example=`` is a value to show, for options without a telling default.
     """
     metadata = {"help": help, **limits}
     if default is dataclasses.MISSING:
@@ -108,6 +108,20 @@ class Pass(abc.ABC):
         for field, kind in options_of(type(self)):
             if problem := option_problem(field, kind, getattr(self, field.name)):
                 raise UsageError(f"{self.name}: {field.name} {problem}")
+
+    def refuse_idle(self, mode: str, *names: str) -> None:
+        """Refuse options that do nothing in a mode.
+
+        Args:
+            mode: what makes them do nothing, as it is written: ``base=rtn``.
+            names: the options; each has to be left at its default.
+
+        Raises:
+            UsageError: one of them is given.
+        """
+        for field in dataclasses.fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise UsageError(f"{self.name}: {field.name} does nothing with {mode}; leave it out")
 
     @abc.abstractmethod
     def apply(self, model: Model, remarks: Remarks) -> None:

@@ -12,7 +12,7 @@ from effic.ir.weights import WeightSite, weight_sites
 from effic.passes.base import Numerics, Pass, Remarks, option
 from effic.passes.quantize.equalize import equalize
 from effic.passes.quantize.fold_scales import LINEARS, ScaleFlow, Scaling, channel_ranges
-from effic.passes.quantize.weight_only import matches_site
+from effic.passes.quantize.weight_only import matches_site, say_unmatched
 
 # Factors nearer to 1 than this are the rounding of an earlier run.
 _WORTH_IT = 1e-2
@@ -43,6 +43,7 @@ class EqualizeLayers(Pass):
     skip: tuple[str, ...] = option((), help="layers to leave alone: patterns of weight or node names")
 
     def apply(self, model: Model, remarks: Remarks) -> None:
+        say_unmatched(model, "skip", self.skip, remarks)
         flow = ScaleFlow(model)
         pairs = []
         for site in weight_sites(model, self.kinds):

@@ -82,6 +82,12 @@ class QuantizeAdaDim(CalibratedPass, WeightOnly):
         super().__post_init__()
         if self.select == "gptq" and self.base != "gptq":
             raise UsageError(f"{self.name}: select=gptq needs base=gptq")
+        if self.dim != "auto":
+            self.refuse_idle(f"dim={self.dim}", "scope", "select")
+        if self.base == "rtn":
+            self.refuse_idle("base=rtn", "percdamp", "blocksize", "act_order")
+        elif self.sketch:
+            self.refuse_idle("base=gptq, unless it is 0", "sketch")
 
     def calibrate(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
         if calibration is None:

@@ -63,6 +63,10 @@ class QuantizeEasyQuant(WeightOnly):
         super().__post_init__()
         if not self.symmetric:
             raise UsageError(f"{self.name}: symmetric is false, but the method has no zero points")
+        if self.optimizer == "exact":
+            self.refuse_idle("optimizer=exact", "lr")
+        elif self.steps == 0:
+            self.refuse_idle("steps=0", "lr")
 
     def apply(self, model: Model, remarks: Remarks) -> None:
         steps = _STEPS[self.optimizer] if self.steps < 0 else self.steps

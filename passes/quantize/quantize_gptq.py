@@ -63,6 +63,8 @@ class QuantizeGPTQ(CalibratedPass, WeightOnly):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.axis == "ic":
+            self.refuse_idle("axis=ic", "static_groups")
         if self.axis == "oc" and self.act_order and not self.static_groups:
             raise UsageError(
                 f"{self.name}: act_order=true needs static_groups=true, since ONNX cannot say which group an "

@@ -20,7 +20,7 @@ from effic.passes.quantize.placement import KINDS, Layer, between, ends, layers,
 from effic.passes.quantize.qdq import weight_encoding, write_activations, write_bias
 from effic.passes.quantize.ranges import ByteGrid, Method, Thresholds, thresholds
 from effic.passes.quantize.scale_groups import shared_thresholds
-from effic.passes.quantize.weight_only import decibels, report, sentence
+from effic.passes.quantize.weight_only import decibels, report, say_unmatched, sentence
 
 # Samples on which the error of each layer's output is measured, after all is done.
 _MEASURED = 2
@@ -68,11 +68,22 @@ class QuantizeInt8(CalibratedPass):
     )
     kinds: tuple[str, ...] = option(KINDS, help="operators to quantize", choices=KINDS)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "static":
+            self.refuse_idle("mode=static", "reduce_range")
+        else:
+            static = ("ranges", "percentile", "per_channel", "first", "last", "equalize", "bias_correction")
+            self.refuse_idle("mode=dynamic", *static)
+        if self.ranges != "percentile":
+            self.refuse_idle(f"ranges={self.ranges}", "percentile")
+
     @property
     def needs_data(self) -> bool:
         return self.mode == "static"
 
     def calibrate(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
+        say_unmatched(model, "skip", self.skip, remarks)
         if self.mode == "dynamic" or calibration is None:
             from effic.passes.quantize.dynamic_int8 import quantize_dynamic
 
@@ -80,7 +91,7 @@ class QuantizeInt8(CalibratedPass):
             return
         found = self._layers(model, remarks)
         if not found:
-            if not remarks.items:
+            if all(item.where == "the model" for item in remarks.items):
                 remarks.missed("the model", "has no Conv, Gemm or MatMul that could run in 8 bits")
             return
         if self.equalize:

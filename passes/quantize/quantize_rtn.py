@@ -44,6 +44,11 @@ class QuantizeRTN(WeightOnly):
         "full", help="symmetric scale: all levels, the largest weight exact, or one level less, none clipped"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.symmetric:
+            self.refuse_idle("symmetric=false", "scale")
+
     def apply(self, model: Model, remarks: Remarks) -> None:
         for site in self.sites(model, remarks):
             encoded, sqnr, sampled = encode(model, site, self.grid(site), self.axis)

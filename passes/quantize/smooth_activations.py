@@ -18,7 +18,7 @@ from effic.passes.quantize.fold_scales import (
     channel_ranges,
     per_input_channel,
 )
-from effic.passes.quantize.weight_only import matches_site
+from effic.passes.quantize.weight_only import matches_site, say_unmatched
 
 # The least factor, and the least range a weight counts as having (the authors' code has both).
 _LEAST = 1e-5
@@ -60,6 +60,7 @@ class SmoothActivations(CalibratedPass):
     def calibrate(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
         if calibration is None:
             return  # It always needs data, so apply_with has refused.
+        say_unmatched(model, "skip", self.skip, remarks)
         sites = [site for site in weight_sites(model, self.kinds) if site.shape]
         flow = ScaleFlow(model, sites)
         scalings: dict[Scaling, None] = {}

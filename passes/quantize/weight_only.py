@@ -7,7 +7,7 @@ given by name, how the result is written and what the report says is the same fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -91,6 +91,8 @@ class WeightOnly(Pass):
 
     def sites(self, model: Model, remarks: Remarks) -> Iterator[WeightSite]:
         """The weights to quantize; the others are remarked as missed, with the reason."""
+        say_unmatched(model, "skip", self.skip, remarks)
+        say_unmatched(model, "overrides", (self._override(text)[0] for text in self.overrides), remarks)
         rest = ("Conv", "ConvTranspose")
         left = [site for site in weight_sites(model, rest) if not site.kinds & set(self.kinds)]
         if left:
@@ -137,6 +139,19 @@ def matches_site(site: WeightSite, patterns: tuple[str, ...]) -> bool:
     readers matches a pattern."""
     names = [site.name, *(use.node.name or "" for use in site.uses), *(f"kind:{k}" for k in site.kinds)]
     return any(matches(name, patterns) for name in names)
+
+
+def say_unmatched(model: Model, option: str, patterns: Iterable[str], remarks: Remarks) -> None:
+    """Remark on patterns that match no weight and no node: most likely a slip of the pen."""
+    patterns = tuple(patterns)
+    if not patterns:
+        return
+    nodes = list(model.nodes(domain=None))
+    names = {site.name for site in weight_sites(model)} | {node.name or "" for node in nodes}
+    names |= {f"kind:{node.op_type}" for node in nodes}
+    for pattern in patterns:
+        if not any(matches(name, (pattern,)) for name in names):
+            remarks.missed("the model", f"{option} names '{pattern}', which matches no weight and no node")
 
 
 def predicted_bytes(site: WeightSite, grid: Grid, axis: Literal["oc", "ic"]) -> float:

@@ -123,3 +123,39 @@ def test_presets_keep_every_seeded_model_right(name: str, built: str) -> None:
     model = Model(BUILDERS[built]())
     passes = parse_passes(PRESETS[name].text)
     run_passes(model, passes, checker=Checker(model), calibration=made_up(model, passes))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "quantize-rtn{symmetric=false,scale=absmax}",
+        "quantize-gptq{axis=ic,static_groups=false}",
+        "quantize-adadim{dim=oc,scope=block}",
+        "quantize-adadim{dim=ic,base=gptq,select=gptq}",
+        "quantize-adadim{percdamp=0.1}",
+        "quantize-adadim{act_order=false}",
+        "quantize-adadim{base=gptq,sketch=64}",
+        "quantize-easyquant{lr=0.01}",
+        "quantize-easyquant{optimizer=adam,steps=0,lr=0.01}",
+        "quantize-int8{reduce_range=true}",
+        "quantize-int8{percentile=99}",
+        "quantize-int8{mode=dynamic,first=float}",
+        "quantize-int8{mode=dynamic,ranges=minmax}",
+    ],
+)
+def test_options_that_do_nothing_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="does nothing with"):
+        parse_passes(text)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PASSES if "skip" in {f.name for f, _ in options_of(load_pass(n))}]
+)
+def test_patterns_that_match_nothing_are_said(name: str) -> None:
+    model = Model(BUILDERS["encoder"]())
+    passes = parse_passes(f"{name}{{skip=[nobody*,kind:MatMul]}}")
+    result = run_passes(model, passes, check="off", calibration=made_up(model, passes))
+    texts = [r.text for r in result.steps[0].remarks]
+    assert [t for t in texts if "matches no weight" in t] == [
+        "skip names 'nobody*', which matches no weight and no node"
+    ]

@@ -380,7 +380,15 @@ def test_gptq_errs_less_and_both_figures_are_reported(select: Any, outliers: boo
     for dim in ("auto", "oc", "ic"):
         model = linear(weight)
         (remark,) = passed(
-            apply(model, {"x": x}, base="gptq", select=select, dim=dim, bits=3, group_size=32)
+            apply(
+                model,
+                {"x": x},
+                base="gptq",
+                select=select if dim == "auto" else "rtn",
+                dim=dim,
+                bits=3,
+                group_size=32,
+            )
         ).values()
         data = remark.data
         assert data["method"] == "adadim-gptq"

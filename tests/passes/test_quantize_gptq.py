@@ -325,7 +325,6 @@ def test_refused_act_order_with_groups_that_are_not_static() -> None:
     with pytest.raises(UsageError, match="act_order=true needs static_groups=true"):
         QuantizeGPTQ(static_groups=False)
     assert QuantizeGPTQ(static_groups=False, act_order=False)
-    assert QuantizeGPTQ(static_groups=False, axis="ic")
 
 
 def test_refused_without_data() -> None:

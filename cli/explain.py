@@ -70,6 +70,7 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
         "default": default,
         "limits": ", ".join(limits),
         "help": field.metadata.get("help", ""),
+        "example": field.metadata.get("example"),
     }
 
 
@@ -90,5 +91,10 @@ def _text(value: Any) -> str:
 
 
 def _example(name: str, options: list[dict[str, Any]]) -> str:
-    option = next((o for o in options if not o["required"]), None)
-    return name if option is None else f"{name}{{{option['name']}={_text(option['default'])}}}"
+    """The pass with what has to be given, or else with one option that has a value to show."""
+    shown = [f"{o['name']}={o['example']}" for o in options if o["example"]]
+    if not shown:
+        shown = [f"{o['name']}={_text(o['default'])}" for o in options if o["default"] not in (None, "", ())][
+            :1
+        ]
+    return f"{name}{{{','.join(shown)}}}" if shown else name

@@ -106,7 +106,8 @@ class Calibration:
         Args:
             data: a path (``.npz``, ``.npy``, ``.safetensors`` or a folder of them),
                 ``"package.module:function"`` or a function that returns an iterable of mappings,
-                a mapping from input names to arrays, an iterable of such, or ``"random"``.
+                a mapping from input names to arrays, an iterable of such, one array for a model with one
+                input, or ``"random"``.
 
                 Arrays of more rows than the model's batch are cut into samples along axis 0, and
                 one-dimensional integers for a model of token ids into windows; what a folder, a

@@ -120,6 +120,8 @@ def load_samples(
         if text == RANDOM:
             return _random(model, samples, seed, window, progress)
         raw = _from_text(text, inputs, samples, window)
+    elif isinstance(data, np.ndarray):
+        raw = _cut({"": data}, inputs, window, "an array")
     elif isinstance(data, Mapping):
         raw = _cut({str(k): np.asarray(v) for k, v in data.items()}, inputs, window, "arrays")
     elif callable(data):

@@ -49,7 +49,9 @@ class MergeLora(Pass):
     name: ClassVar[str] = "merge-lora"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
-    adapters: tuple[str, ...] = option(help="adapter folders: FOLDER or FOLDER=WEIGHT")
+    adapters: tuple[str, ...] = option(
+        help="adapter folders: FOLDER or FOLDER=WEIGHT", example="[my_adapter]"
+    )
     map: str = option("", help="file of PATH = NAME lines, for weights that go by other names in the model")
     combine: Literal[
         "delta_sum", "cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"

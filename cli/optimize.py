@@ -106,11 +106,10 @@ def optimize(
       effic optimize model.onnx --preset int8 --inputs data.npz --report report.json -o out.onnx
       effic optimize model.onnx --passes quantize-gptq --calib images.npz -o out.onnx
     """
+    from effic.ir.errors import UsageError
     from effic.optimize import optimize as run
 
     if output is None and (force or external_data is not None):
-        from effic.ir.errors import UsageError
-
         flag = "--force" if force else "--external-data" if external_data else "--single-file"
         raise UsageError(f"{flag} does nothing without an output; give -o out.onnx")
     options = _choose(passes, preset, recipe)
@@ -123,6 +122,11 @@ def optimize(
         "calib_window": calib_window,
     }
     options.update({name: value for name, value in given.items() if value is not None})
+    if options.get("check") == "off" and inputs is not None:
+        raise UsageError("--inputs does nothing with --check off; leave one of them out")
+    made_up = inputs is None and options.get("check") != "off"
+    if seed is not None and options.get("calib") is None and not made_up:
+        raise UsageError("--seed does nothing here: no inputs are made up, no samples chosen; leave it out")
     _lower(options, lower)
     if require_change:
         options["require_change"] = True

@@ -15,7 +15,14 @@ from effic.backends.ort.lower_input_groups import LowerInputGroups
 from effic.backends.ort.lower_outliers import LowerOutliers
 from effic.backends.ort.lower_quantized import LowerQuantized
 from effic.ir.model import Model
-from effic.passes.base import Remarks, option
+from effic.passes.base import Pass, Remarks, option
+
+
+def _remarks_of(step: Pass, model: Model, remarks: Remarks) -> int:
+    """Apply a step; how many remarks it left, which is none where it has nothing to look at."""
+    before = len(remarks.items)
+    step.apply(model, remarks)
+    return len(remarks.items) - before
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,20 @@ class OrtCpu(Backend):
         groups = LowerInputGroups(
             form=self.ic, accuracy_level=self.accuracy_level, always=self.decode == "call"
         )
-        groups.apply(model, remarks)
+        outliers = LowerOutliers(form=self.outliers, accuracy_level=self.accuracy_level)
+        grouped = _remarks_of(groups, model, remarks)
         LowerQuantized().apply(model, remarks)
-        LowerOutliers(form=self.outliers, accuracy_level=self.accuracy_level).apply(model, remarks)
+        kept = _remarks_of(outliers, model, remarks)
         LowerEncodings(accuracy_level=self.accuracy_level).apply(model, remarks)
-        DecodeAtLoad(when=self.decode).apply(model, remarks)
+        decoded = _remarks_of(DecodeAtLoad(when=self.decode), model, remarks)
+        if self.ic != "split" and not grouped:
+            remarks.missed("the model", f"ic={self.ic} does nothing: no weight has groups per input channel")
+        if self.outliers != "auto" and not kept:
+            remarks.missed(
+                "the model", f"outliers={self.outliers} does nothing: no weight has exact outliers"
+            )
+        if self.decode != "load" and not (grouped or decoded):
+            remarks.missed("the model", f"decode={self.decode} does nothing: no weight has to be decoded")
         return model
 
     def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> OrtArtifact:

@@ -9,7 +9,11 @@ from effic.backends import DEFAULT_TARGET, TARGETS, get_backend, load_backend
 from effic.backends.base import Backend
 from effic.backends.ort.targets import OrtCpu
 from effic.ir.errors import UsageError
-from effic.passes.base import options_of
+from effic.ir.model import Model
+from effic.ir.opset import raise_opset
+from effic.models.builders import BUILDERS
+from effic.passes.base import Remarks, options_of
+from effic.passes.quantize.quantize_rtn import QuantizeRTN
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
@@ -57,3 +61,20 @@ def test_the_table_imports_no_runtime() -> None:
     code = "import effic.backends, sys; print({'onnxruntime', 'onnx_ir', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("text", "idle"),
+    [
+        ("ort-cpu{ic=exact}", ["ic=exact"]),
+        ("ort-cpu{outliers=coo,decode=call}", ["outliers=coo", "decode=call"]),
+        ("ort-cpu", []),
+    ],
+)
+def test_options_that_had_nothing_to_work_on_are_said(text: str, idle: list[str]) -> None:
+    model, remarks = Model(BUILDERS["encoder"]()), Remarks()
+    raise_opset(model, 21)
+    QuantizeRTN().apply(model, Remarks())
+    get_backend(text).lower(model, remarks)
+    found = [r.text.partition(" does nothing")[0] for r in remarks.items if " does nothing" in r.text]
+    assert found == idle

@@ -259,3 +259,17 @@ def test_flags_about_the_output_need_one(cnn: Path, flag: str) -> None:
     result = CliRunner().invoke(main, ["optimize", "cnn.onnx", flag])
     assert result.exit_code == 2
     assert f"{flag} does nothing without an output" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--check", "off", "--inputs", "x.npz"], "--inputs does nothing with --check off"),
+        (["--check", "off", "--seed", "3"], "--seed does nothing here"),
+        (["--inputs", "x.npz", "--seed", "3"], "--seed does nothing here"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(cnn: Path, args: list[str], said: str) -> None:
+    result = invoke("cnn.onnx", *args)
+    assert result.exit_code == 2
+    assert said in result.stderr

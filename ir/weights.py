@@ -44,6 +44,7 @@ Axis = Literal["oc", "ic"]
 """``"oc"``: groups run along the inputs of one output channel; ``"ic"``: the other way round."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_TABLES = (*_FLOATS, ir.DataType.DOUBLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +337,7 @@ def _weight_index(node: ir.Node) -> int | None:
         tensor, encoding = constant_tensor(value), recognise(value)
         if encoding is not None:
             return 0
-        return 0 if tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) >= 2 else None
+        return 0 if tensor is not None and tensor.dtype in _TABLES and len(tensor.shape) >= 2 else None
     for index in (1, 0):
         operand = node.inputs[index]
         value = _resolve(operand)[0] if operand is not None else None

@@ -290,7 +290,7 @@ def _difference(scores: Scores, base: Scores, metric: str) -> str:
 
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(SUBJECTS)), help="default: all")
-@click.option("--only", default="", help="rows whose tool, method or bits contain this text")
+@click.option("--only", default="", help='rows whose "tool method, bits" match this pattern')
 @click.option("--json", "saved", type=click.Path(path_type=Path), help="also write the figures here")
 @click.option("--job", hidden=True)
 def command(models: tuple[str, ...], only: str, saved: Path | None, job: str | None) -> None:
@@ -308,7 +308,7 @@ def command(models: tuple[str, ...], only: str, saved: Path | None, job: str | N
                 print(f"\n{name}: {subject}, skipped")
                 continue
             base, results = subject.score(subject.fp32), []
-            wanted = [r for r in rows(subject) if only in f"{r.tool} {r.method} {r.bits}"]
+            wanted = [r for r in rows(subject) if re.search(only, f"{r.tool} {r.method}, {r.bits}")]
             for number, row in enumerate(wanted):
                 results.append(measure(row, subject, Path(made)))
                 print(

@@ -110,7 +110,7 @@ class Stories(Subject):
         return [{"ids": window[None]} for window in self.load.stories_ids("calib")]
 
     def score(self, path: Path) -> Scores:
-        session = start_session(str(path), optimized=True)
+        session = start_session(str(path), optimized=True, threads=1)
         loss, _ = self.baseline.mean_nll(lambda ids: session.run(None, {"ids": ids})[0], self.ids)
         return Scores({"perplexity": float(np.exp(loss))})
 
@@ -162,7 +162,7 @@ class MiniLM(Subject):
         """Mean-pooled, normalised embeddings of all sentences of sts-test: [2, pairs, width]."""
         a, b, _ = self.load.sts("test")
         sentences = [*a, *b]
-        session = start_session(str(path), optimized=True)
+        session = start_session(str(path), optimized=True, threads=1)
         order = np.argsort([len(s) for s in sentences], kind="stable")
         found: np.ndarray | None = None
         for start in range(0, len(order), 64):
@@ -291,7 +291,7 @@ SUBJECTS: dict[str, type[Subject]] = {
 
 
 def _logits(path: Path, name: str, x: np.ndarray, batch: int) -> np.ndarray:
-    session = start_session(str(path), optimized=True)
+    session = start_session(str(path), optimized=True, threads=1)
     return np.concatenate([session.run(None, {name: x[i : i + batch]})[0] for i in range(0, len(x), batch)])
 
 

@@ -8,10 +8,12 @@ copying the file does.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -104,15 +106,20 @@ class MergedTensor(ir.LazyTensor):
             if len(starts) < 2:
                 yield from (self._block(start, self._buffers(step), source) for start in starts)
                 return
-            # One block is made while the other is written.
-            slots = [self._buffers(step), self._buffers(step)]
-            worker = open_until_the_end.enter_context(ThreadPoolExecutor(1))
-            coming = worker.submit(self._block, 0, slots[0], source)
-            for number in range(len(starts)):
-                block = coming.result()
-                if number + 1 < len(starts):
-                    coming = worker.submit(self._block, starts[number + 1], slots[(number + 1) % 2], source)
-                yield block
+            # Two blocks are made while a third is written.
+            workers = open_until_the_end.enter_context(ThreadPoolExecutor(2))
+            free = [self._buffers(step) for _ in range(3)]
+            coming: deque[tuple[Future[np.ndarray], tuple[np.ndarray, np.ndarray]]] = deque()
+            left = iter(starts)
+            while True:
+                for start in itertools.islice(left, len(free)):
+                    buffers = free.pop()
+                    coming.append((workers.submit(self._block, start, buffers, source), buffers))
+                if not coming:
+                    return
+                done, buffers = coming.popleft()
+                yield done.result()
+                free.append(buffers)
 
     def _buffers(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Room for some rows as stored and as computed: the same where the dtypes are."""

@@ -208,6 +208,8 @@ class Sorting:
             )
         if settings.method == "lora" and settings.lora_bias and "lora_bias" not in parts and not embedding:
             raise self.wrong(f"module '{path}' lacks lora_B.bias, but lora_bias is true.")
+        if "magnitude" in parts and "lora_bias" in parts:
+            raise self.wrong(f"module '{path}' has DoRA and a bias on B, which is not defined.")
         rank, experts, kind = self.shape(path, parts, embedding, bool(parameters))
         alpha = settings.alpha_of(_plain(path))
         extra = {k: v for k, v in parts.items() if k not in ("a", "b", "lora_bias", "magnitude")}

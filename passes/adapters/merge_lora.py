@@ -239,7 +239,12 @@ def report(remarks: Remarks, target: Target, result: Merged) -> None:
         remarks.missed(target.path, f"{kind}: adds nothing, the weight stays as it is")
         return
     text = f"{kind}, |ΔW|/|W| {result.relative:.2g}"
-    data: dict[str, Any] = {"kind": kind, "relative": result.relative, "relative_sampled": result.sampled}
+    data: dict[str, Any] = {
+        "kind": kind,
+        "constant": result.name,
+        "relative": result.relative,
+        "relative_sampled": result.sampled,
+    }
     if module is not None:
         ranks = [m.rank for m, _ in target.modules]
         data |= {"rank": ranks, "scaling": [m.scaling for m, _ in target.modules]}
@@ -250,6 +255,9 @@ def report(remarks: Remarks, target: Target, result: Merged) -> None:
         )
     if target.uses is not None:
         text += f"; others read the weight too, so this is a copy, '{result.name}'"
+    if result.bits:
+        data["bits"] = result.bits
+        text += f"; stored as the {result.bits}-bit codes it was trained with"
     if result.kept_branch:
         text += "; kept beside the encoded weight as a branch"
     if result.rounding is not None:

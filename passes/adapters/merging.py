@@ -10,18 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from effic.ir.encodings import decode
+from effic.ir.encodings import Encoding, decode
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import Model, constant_tensor
 from effic.ir.tensors import borrow
 from effic.ir.weights import WeightSite
 from effic.passes.adapters.adapter_files import AdapterModule
 from effic.passes.adapters.combine import Combine, Sign, Space, combined_delta
-from effic.passes.adapters.deltas import Dtype, RankScale, bias_delta, factors, oriented
+from effic.passes.adapters.deltas import Dtype, RankScale, bias_delta, factors, l4q_merged, oriented
 from effic.passes.adapters.matching import Place, expert_axis, put
 from effic.passes.adapters.requantize import Requantize, add_branch, norm, requantized, why_no_branch
 from effic.passes.adapters.streamed import MergedTensor, Term, norm_of, term_for
 from effic.passes.adapters.targets import Target
+from effic.passes.quantize.affine import Grid
+from effic.passes.quantize.weight_only import OPSET, encoding_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Merged:
         sampled: whether ``‖W₀‖`` is an estimate.
         rounding: ``‖Q(W) - W‖ / ‖ΔW‖`` of a requantized weight, or None.
         kept_branch: whether the adapter was kept beside the weight.
+        bits: width of the codes of an L4Q export; 0 for everything else.
     """
 
     name: str | None
@@ -68,6 +71,7 @@ class Merged:
     sampled: bool = False
     rounding: float | None = None
     kept_branch: bool = False
+    bits: int = 0
 
 
 def is_plain(module: AdapterModule) -> bool:
@@ -93,10 +97,12 @@ def merge(model: Model, target: Target, recipe: Recipe) -> Merged:
     if site is not None and _streams(target, recipe):
         return _merge_streamed(model, target, site, recipe)
     base, merged = _computed(target, recipe)
-    delta = merged - base
-    size = norm(delta)
+    size = norm(merged - base)
     if size == 0 and np.array_equal(base, merged):
         return Merged(None)
+    if site is not None and (codes := _l4q_codes(model, target, site, base, merged)) is not None:
+        site.write(model, codes)
+        return Merged(site.name, _relative(size, norm(base)), bits=codes.bits)
     name = _write(model, target, model.scratch.tensor(target.place.name, _narrowed(target.place, merged)))
     return Merged(name, _relative(size, norm(base)))
 
@@ -297,3 +303,45 @@ def _keep_branch(model: Model, target: Target, site: WeightSite, recipe: Recipe)
     base = site.read()
     add_branch(model, uses, site.name, a.astype(stored), b.astype(stored))
     return Merged(site.name, _relative(size, norm(base)), kept_branch=True)
+
+
+def _l4q_codes(
+    model: Model, target: Target, site: WeightSite, base: np.ndarray, merged: np.ndarray
+) -> Encoding | None:
+    """The codes L4Q trained, where an encoding stands for the merged weight bit for bit; else None.
+
+    ONNX has integer zero points only: with offsets that are no multiples of the scales the weight stays
+    in floating point, on its grid.
+    """
+    modules = target.modules
+    if [(m.method, weight) for m, weight in modules] != [("l4q", 1.0)] or target.uses is not None:
+        return None
+    if (
+        site.why_not is not None
+        or site.opset < OPSET
+        or site.dtype != ir.DataType.FLOAT
+        or site.other_readers
+    ):
+        return None
+    module = modules[0][0]
+    done = l4q_merged(module, _oriented(base, target.place, module))
+    middle = 1 << (done.bits - 1)
+    zeros = np.rint(done.zero_point)
+    symmetric = not zeros.any()
+    if not symmetric and (zeros.min() < -middle or zeros.max() >= middle):
+        return None
+    codes, scales, shifts = done.codes, done.scale, zeros.astype(np.int16) + middle
+    if site.in_axis == 0:
+        codes, scales, shifts = codes.T, scales.T, shifts.T
+    if done.scale.shape[1] == 1:
+        scales, shifts = scales.reshape(-1), shifts.reshape(-1)
+    encoding = encoding_of(
+        model,
+        site,
+        Grid(done.bits, done.group_size, symmetric),
+        "oc",
+        np.ascontiguousarray(codes if symmetric else (codes.astype(np.int16) + middle).astype(np.uint8)),
+        np.ascontiguousarray(scales),
+        None if symmetric else np.ascontiguousarray(shifts.astype(np.uint8)),
+    )
+    return encoding if np.array_equal(decode(encoding), merged.astype(np.float32)) else None

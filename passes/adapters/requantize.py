@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from effic.ir.encodings import Encoding, Outliers, code_tensor, code_values
+from effic.ir.encodings import Encoding, Outliers, code_tensor
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import Model, describe
 from effic.ir.weights import WeightUse
@@ -90,14 +90,6 @@ def _spread(parameter: np.ndarray, encoding: Encoding) -> np.ndarray:
     if parameter.ndim == 0:
         return parameter
     return parameter.reshape([-1 if axis == encoding.axis else 1 for axis in range(len(shape))])
-
-
-def same_codes(before: Encoding, after: Encoding) -> bool:
-    """Whether two encodings stand for the same weight, code by code."""
-    return bool(
-        np.array_equal(code_values(before), code_values(after))
-        and np.array_equal(before.scales, after.scales)
-    )
 
 
 def why_no_branch(uses: Sequence[WeightUse]) -> str | None:

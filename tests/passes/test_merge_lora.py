@@ -509,6 +509,42 @@ def test_s2ft_is_put_back_in_the_original_order(
     close(value_of(model, "q.weight").T[order], permuted)
 
 
+@pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.parametrize(("into", "groups"), [(4, 1), (64, 2), (64, 1)])
+@pytest.mark.parametrize("offset", [0.0, 0.5, 0.3])
+def test_l4q_is_what_training_multiplied_with(
+    make_net: MakeNet,
+    write_adapter: WriteAdapter,
+    tmp_path: Path,
+    opset: int,
+    into: int,
+    groups: int,
+    offset: float,
+) -> None:
+    weight = normal(into, 3)
+    model = net(
+        make_net,
+        "y = MatMul(x, q__weight)",
+        opset=opset,
+        sig=f"(float[N,{into}] x) => (float[N,3] y)",
+        q__weight=weight,
+    )
+    tensors = lora("q", 3, into)
+    scale = np.full((3, groups), 0.25, np.float32)
+    tensors |= {"q.l4q_scale": scale, "q.l4q_offset": np.full((3, groups), offset, np.float32)}
+    merge(model, write_adapter(tmp_path / "a", tensors, peft_type="L4Q", bits=4))
+    full = (weight.T + np.float32(2) * tensors["q.lora_B.weight"] @ tensors["q.lora_A.weight"]) - np.float32(
+        offset
+    )
+    want = np.rint(np.clip(full / np.float32(0.25), -8, 7)) * np.float32(0.25) + np.float32(offset)
+    site = weight_sites(model)[0]
+    assert (site.encoding is not None) == (opset == 21 and offset != 0.3)
+    # A code on the edge may fall to the other side.
+    assert np.mean(site.read() != want.astype(np.float32)) < 0.02
+    if site.encoding is not None:
+        assert site.encoding.bits == 4
+
+
 def test_dylora_is_cut(make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path) -> None:
     weight = normal(4, 3)
     tensors = lora("q", 3, 4)
@@ -867,3 +903,31 @@ def test_a_merged_tensor_is_the_same_however_it_is_read(tmp_path: Path, dtype: A
         merged.tofile(file)
     assert (tmp_path / "out").read_bytes() == got.tobytes() == merged.tobytes()
     assert terms[0].norm() == pytest.approx(np.linalg.norm(terms[0].left @ terms[0].right), rel=1e-5)
+
+
+# -- from the command line -------------------------------------------------------------------------
+
+
+def test_a_hostile_adapter_is_one_sentence_and_exit_code_2(
+    make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from effic.cli.main import main
+
+    linear(make_net).save(tmp_path / "m.onnx")
+    folder = Path(write_adapter(tmp_path / "an adapter", lora("q", 3, 4)))
+    arguments = ["optimize", str(tmp_path / "m.onnx"), "--output", str(tmp_path / "out.onnx"), "--passes"]
+    passes = f'merge-lora{{adapters=["{folder}"]}}'
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, passes])
+    assert ended.value.code in (0, None)
+    (tmp_path / "out.onnx").unlink()
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(data[:-4])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, passes])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "is cut short" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out.onnx").exists()

@@ -16,7 +16,11 @@ NAMES = (
     "outlier_forms",
     "int8_static",
     "adapters_as_inputs",
+    "merge_large",
     "real_models",
+    "quality",
+    "speed",
+    "quantize_time",
 )
 
 

@@ -209,7 +209,9 @@ def _session(model: Model, threads: int) -> Any:
             to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except runtime_errors() as error:
-        raise NotMeasuredError(f"ONNX Runtime cannot load a part of the model: {first_line(error)}") from error
+        raise NotMeasuredError(
+            f"ONNX Runtime cannot load a part of the model: {first_line(error)}"
+        ) from error
 
 
 def constant_values(graph: ir.Graph, fed: Iterable[str] = ()) -> set[ir.Value]:

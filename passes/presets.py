@@ -76,7 +76,10 @@ PRESETS: dict[str, Preset] = {
         (
             *_CLEANUP,
             ("reparameterize-branches", "before BN folding: each branch still has its norm"),
-            ("fuse-conv-bn", "before quantization: a norm behind a layer would cut its integer kernel in two"),
+            (
+                "fuse-conv-bn",
+                "before quantization: a norm behind a layer would cut its integer kernel in two",
+            ),
             ("quantize-int8", "integers from the first layer to the last, with scales from calibration"),
             ("eliminate-dead-code", "the floating-point weights have no reader left"),
         ),

@@ -76,7 +76,9 @@ class MergeLora(Pass):
     )
     initial: str = option("", help="folder of the adapter before training, for those that changed the base")
     untie: bool = option(False, help="give one side of a tied embedding and output layer a copy")
-    peft_compat: bool = option(False, help="repeat PEFT's combinations exactly, σ² in svd included")
+    peft_compat: bool = option(
+        False, help="combine as PEFT 0.21 does, even where that is no weighted sum of the adapters"
+    )
     keep_original: str = option("", help="file (.safetensors) to write the replaced weights to")
     compute_dtype: Literal["float32", "float64"] = option("float32", help="what sums are computed in")
 

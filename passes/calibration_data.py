@@ -76,7 +76,7 @@ class _Raw:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Input:
+class ModelInput:
     """What the model says of an input; a dynamic dimension is None."""
 
     name: str
@@ -112,7 +112,7 @@ def load_samples(
     for what, value, least in (("samples", samples, 1), ("seed", seed, 0), ("window", window, 1)):
         if value is not None and value < least:
             raise UsageError(f"calibration: {what} is {value}, the least is {least}")
-    inputs = _inputs(model)
+    inputs = model_inputs(model)
     if not inputs:
         raise UsageError("the model has no inputs, so there is nothing to calibrate it on")
     if isinstance(data, (str, os.PathLike)):
@@ -138,7 +138,8 @@ def load_samples(
     return _finished(raw, chosen, inputs, progress)
 
 
-def _inputs(model: Model) -> list[_Input]:
+def model_inputs(model: Model) -> list[ModelInput]:
+    """The inputs a caller has to give."""
     found = []
     for value in model.graph.inputs:
         if value.is_initializer():
@@ -146,14 +147,14 @@ def _inputs(model: Model) -> list[_Input]:
         shape = None
         if value.shape is not None:
             shape = tuple(d if isinstance(d, int) else None for d in value.shape)
-        found.append(_Input(value.name or "", value.dtype, shape))
+        found.append(ModelInput(value.name or "", value.dtype, shape))
     return found
 
 
 # -- sources --------------------------------------------------------------------------------------
 
 
-def _from_text(text: str, inputs: list[_Input], samples: int, window: int | None) -> _Raw:
+def _from_text(text: str, inputs: list[ModelInput], samples: int, window: int | None) -> _Raw:
     if os.path.isdir(text):
         return _from_folder(text, inputs, window)
     if os.path.exists(text):
@@ -166,7 +167,7 @@ def _from_text(text: str, inputs: list[_Input], samples: int, window: int | None
     )
 
 
-def _from_folder(folder: str, inputs: list[_Input], window: int | None) -> _Raw:
+def _from_folder(folder: str, inputs: list[ModelInput], window: int | None) -> _Raw:
     """Every file of a folder, in the order of their names; an ``.npz`` is a feed unless it holds more."""
     names = sorted(n for n in os.listdir(folder) if n.endswith(SUFFIXES) and not n.startswith("."))
     if not names:
@@ -233,7 +234,7 @@ def _as_arrays(feed: Any, number: int, source: str) -> Arrays:
 def _random(model: Model, samples: int, seed: int, window: int | None, progress: Progress | None) -> Samples:
     from effic.ir.evaluate import TRIED_DIMS, Oracle, runnable_inputs, seeded_inputs
 
-    inputs = _inputs(model)
+    inputs = model_inputs(model)
     first, other = TRIED_DIMS[0]
     if window is not None:
         if not any(None in i.shape[1:] for i in inputs if i.shape is not None):
@@ -259,7 +260,7 @@ def _random(model: Model, samples: int, seed: int, window: int | None, progress:
 
 def _cut(
     arrays: Mapping[str, np.ndarray],
-    inputs: list[_Input],
+    inputs: list[ModelInput],
     window: int | None,
     source: str,
     whole: bool = False,
@@ -312,7 +313,7 @@ def _no_tokens(window: int, source: str) -> UsageError:
     )
 
 
-def _samples_in(array: np.ndarray, item: _Input, whole: bool) -> tuple[int, int]:
+def _samples_in(array: np.ndarray, item: ModelInput, whole: bool) -> tuple[int, int]:
     """Rows of a sample (0: all of the array) and how many samples an array holds."""
     if item.shape is None or not item.shape or array.ndim < len(item.shape):
         return 0, 1
@@ -325,7 +326,7 @@ def _samples_in(array: np.ndarray, item: _Input, whole: bool) -> tuple[int, int]
     return (batch, len(array) // batch) if batch and len(array) > batch else (0, 1)
 
 
-def _name(arrays: Mapping[str, np.ndarray], inputs: list[_Input], source: str) -> Arrays:
+def _name(arrays: Mapping[str, np.ndarray], inputs: list[ModelInput], source: str) -> Arrays:
     """The arrays that are inputs of the model; a single one need not be named."""
     wanted = {i.name for i in inputs}
     named = {name: array for name, array in arrays.items() if name in wanted}
@@ -340,7 +341,7 @@ def _name(arrays: Mapping[str, np.ndarray], inputs: list[_Input], source: str) -
     )
 
 
-def _windows(name: str, tokens: np.ndarray, item: _Input, window: int | None, source: str) -> _Raw:
+def _windows(name: str, tokens: np.ndarray, item: ModelInput, window: int | None, source: str) -> _Raw:
     shape = item.shape or (None, None)
     batch, static = shape[0] or 1, shape[1]
     if window is not None and static is not None and window != static:
@@ -361,7 +362,7 @@ def _windows(name: str, tokens: np.ndarray, item: _Input, window: int | None, so
 
 
 def _finished(
-    raw: _Raw, chosen: list[int], inputs: list[_Input] | None, progress: Progress | None = None
+    raw: _Raw, chosen: list[int], inputs: list[ModelInput] | None, progress: Progress | None = None
 ) -> Samples:
     """Samples that were looked at once: fitted, finite, and summed up in a digest."""
 
@@ -369,7 +370,7 @@ def _finished(
         feed = raw.read(chosen[number])
         if inputs is None:
             return {name: np.asarray(array) for name, array in feed.items()}
-        return _fit(feed, inputs, f"{raw.source}, sample {chosen[number]}")
+        return fit_feed(feed, inputs, f"the calibration data ({raw.source}, sample {chosen[number]})")
 
     if not chosen:
         raise UsageError(f"the calibration data from {raw.source} hold no samples")
@@ -398,8 +399,13 @@ def _finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _fit(feed: Mapping[str, Any], inputs: list[_Input], where: str) -> Arrays:
+def fit_feed(feed: Mapping[str, Any], inputs: list[ModelInput], where: str) -> Arrays:
     """One feed with every input of the model, in its types.
+
+    Args:
+        feed: arrays by input name; a single one need not be named, and masks and positions follow from ids.
+        inputs: of :func:`model_inputs`.
+        where: whose arrays these are, as the subject of an error: ``the calibration data (x.npz)``.
 
     Raises:
         UsageError: an input is missing, or has another shape or type.
@@ -415,14 +421,13 @@ def _fit(feed: Mapping[str, Any], inputs: list[_Input], where: str) -> Arrays:
             array = _DERIVED[item.name](ids)
         if array is None:
             raise UsageError(
-                f"the calibration data ({where}) lack the input '{item.name}' ({item}); "
-                "give an .npz file with all inputs by name"
+                f"{where} lack the input '{item.name}' ({item}); give an .npz file with all inputs by name"
             )
         result[item.name] = _cast(_shaped(array, item, where), item, where)
     return result
 
 
-def _shaped(array: np.ndarray, item: _Input, where: str) -> np.ndarray:
+def _shaped(array: np.ndarray, item: ModelInput, where: str) -> np.ndarray:
     if item.shape is None:
         return array
     if array.ndim == len(item.shape) - 1 and item.shape[0] in (1, None):
@@ -432,13 +437,12 @@ def _shaped(array: np.ndarray, item: _Input, where: str) -> np.ndarray:
     )
     if not fits:
         raise UsageError(
-            f"the calibration data ({where}) give the input '{item.name}' the shape {list(array.shape)}, "
-            f"and the model takes {item}"
+            f"{where} give the input '{item.name}' the shape {list(array.shape)}, and the model takes {item}"
         )
     return array
 
 
-def _cast(array: np.ndarray, item: _Input, where: str) -> np.ndarray:
+def _cast(array: np.ndarray, item: ModelInput, where: str) -> np.ndarray:
     if item.dtype is None:
         return array
     if item.dtype == ir.DataType.STRING:
@@ -459,6 +463,5 @@ def _cast(array: np.ndarray, item: _Input, where: str) -> np.ndarray:
             "; scale and normalize them as the model expects (nothing is scaled here) and save them as floats"
         )
     raise UsageError(
-        f"the calibration data ({where}) give the input '{item.name}' as {array.dtype}, "
-        f"and the model takes {item}{hint}"
+        f"{where} give the input '{item.name}' as {array.dtype}, and the model takes {item}{hint}"
     )

@@ -40,6 +40,9 @@ MODULE_KEY = "effic.module"
 ALIASES_KEY = "effic.aliases"
 """Key of a tied weight's metadata: its other state-dict names, as a JSON list."""
 
+ROLE_KEY = "effic.role"
+"""Key of an initializer's metadata: ``parameter`` for what torch trains, ``buffer`` for the rest."""
+
 OLDEST_OPSET = 18
 """torch's translations are written for opset 18; nothing older can be produced."""
 
@@ -120,10 +123,12 @@ def capture(
             raise UsageError("a program has its dynamic shapes already; give them to torch.export.export")
         _refuse_training_program(source)
         state, tensors = source.state_dict, source.state_dict
+        trained = set(source.graph_signature.inputs_to_parameters.values())
     elif isinstance(source, torch.nn.Module):
         args, kwargs = _arguments(source, example_inputs)
         state = dict(source.state_dict(keep_vars=True))
         tensors = dict(source.named_parameters()) | dict(source.named_buffers())
+        trained = {name for name, _ in source.named_parameters(remove_duplicate=False)}
     else:
         raise UsageError(
             f"cannot capture a {type(source).__name__}; give an nn.Module, an ExportedProgram or a .pt2 file"
@@ -135,6 +140,8 @@ def capture(
     program, notes = _export(source, args, kwargs, dynamic_shapes, opset)
     model = Model(program.model, origin)
     _settle(model, _first_names(state), share_weights)
+    for name, value in model.graph.initializers.items():
+        value.metadata_props[ROLE_KEY] = "parameter" if name in trained else "buffer"
     _name_outputs(model, program.exported_program)
     _name_dimensions(model)
     model.forget_names()

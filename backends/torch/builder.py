@@ -111,6 +111,7 @@ class Store:
         known: initializers whose values may be read while building (those that are not trained).
         baked: names of initializers whose values were read, and so are part of the code.
         constants: arrays that are buffers but no initializers, by path.
+        refusals: what cannot be built, each a phrase that names the node.
         modules: bodies of Loop, Scan and If, by path.
     """
 
@@ -119,6 +120,7 @@ class Store:
     baked: set[str] = dataclasses.field(default_factory=set)
     constants: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     modules: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict)
+    refusals: list[str] = dataclasses.field(default_factory=list)
 
 
 class GraphBuilder:
@@ -283,6 +285,28 @@ class GraphBuilder:
         result = np.empty(array.shape, object)
         result[...] = np.array(array.tolist(), object).reshape(array.shape)
         return result
+
+    def any_sizes(self, values: Sequence[ir.Value | None]) -> bool:
+        """Whether every one of the values is a size array or could be, and none has to be computed.
+
+        Does not read any constant.
+        """
+        return all(value is None or self._may_be_sizes(value) for value in values)
+
+    def _may_be_sizes(self, value: ir.Value) -> bool:
+        if self._all_sizes(value) is not None:
+            return True
+        tensor = constant_tensor(value)
+        if tensor is None or tensor.size > MAX_SIZES:
+            return False
+        if not (tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL):
+            return False
+        return not value.is_initializer() or value in self.store.known
+
+    def size_rank(self, value: ir.Value) -> tuple[int, ...] | None:
+        """The shape of a value that is a size array, else None."""
+        found = self._all_sizes(value)
+        return None if found is None else tuple(found.shape)
 
     def _all_sizes(self, value: ir.Value) -> np.ndarray | None:
         if value in self._sizes:

@@ -21,3 +21,32 @@ def to_ints(tensor: torch.Tensor) -> list[int]:
     """The integers in a tensor, as a flat list."""
     found: list[int] = tensor.reshape(-1).tolist()
     return found
+
+
+def truncated_division(a: int, b: int) -> int:
+    """Integer division towards zero, as ONNX divides."""
+    return a // b if (a >= 0) == (b > 0) else -(-a // b)
+
+
+def truth(a: int) -> bool:
+    return a != 0
+
+
+def both(a: bool, b: bool) -> bool:
+    return a and b
+
+
+def either(a: bool, b: bool) -> bool:
+    return a or b
+
+
+def larger(a: int, b: int) -> int:
+    return torch.sym_max(a, b)  # type: ignore[no-any-return]
+
+
+def smaller(a: int, b: int) -> int:
+    return torch.sym_min(a, b)  # type: ignore[no-any-return]
+
+
+def choose(condition: bool, a: int, b: int) -> int:
+    return a if condition else b

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 Check = Literal["each", "final", "off"]
+Keep = Callable[[Model, "Step"], str | None]
+"""Why what a pass did is to be undone, or None; may note a figure in the step."""
 
 # A run holds the weights, the runtime's own copies of some, and the activations.
 _RUN_MEMORY = 1.5
@@ -59,6 +61,8 @@ class Step:
         peak_memory: largest resident set of the process during the pass, in bytes.
         data: sha256 of the calibration data it used, or None.
         calibration: what each look at the data was expected to take, in words.
+        score: the metric's value after the pass, where one was asked for.
+        rolled_back: why what the pass did was undone, or None.
     """
 
     name: str
@@ -78,6 +82,8 @@ class Step:
     peak_memory: int = 0
     data: str | None = None
     calibration: list[str] = dataclasses.field(default_factory=list)
+    score: float | None = None
+    rolled_back: str | None = None
 
     @property
     def passed(self) -> int:
@@ -245,6 +251,7 @@ def run_passes(
     checker: Checker | None = None,
     calibration: Calibration | None = None,
     require_change: bool = False,
+    keep: Keep | None = None,
     after_pass: Callable[[Model, Pass, int], None] | None = None,
     progress: Progress | None = None,
 ) -> PipelineResult:
@@ -258,6 +265,7 @@ def run_passes(
         checker: what runs the model; needed unless ``check`` is ``off``.
         calibration: samples for the passes that need to see data.
         require_change: a pass that changes nothing is an error.
+        keep: asked after each pass that changed the model whether to keep that; a reason not to undoes it.
         after_pass: called with the model, the pass and its number (from 0) after each pass.
         progress: called with the pass's name, its number and how many there are.
 
@@ -280,10 +288,10 @@ def run_passes(
         if calibration is not None:
             calibration.progress = _inside(progress, item.name, number, len(passes))
         judged = checker if check == "each" else None
-        step, cost, mark = _run_one(model, item, cost, mark, judged, calibration)
+        step, cost, mark = _run_one(model, item, cost, mark, judged, calibration, keep)
         steps.append(step)
         if require_change and not step.changed:
-            reason = next(
+            reason = step.rolled_back or next(
                 (r.text for r in step.remarks if r.kind == "missed"), "nothing in the model matched"
             )
             raise CheckFailedError(f"{step.text} changed nothing, but a change was required: {reason}")
@@ -316,12 +324,13 @@ def _run_one(
     mark: int,
     checker: Checker | None,
     calibration: Calibration | None,
+    keep: Keep | None,
 ) -> tuple[Step, ModelCost, int]:
     step = Step(item.name, to_text(item), item.numerics)
     step.bytes_before, step.nodes_before = cost.weight_bytes, cost.nodes
-    # For naming the node at fault, and for going back to the lower opset.
+    # For naming the node at fault, for going back to the lower opset, and for undoing the pass.
     raises = item.needs_opset > model.opset
-    before = model.clone() if checker is not None or raises else None
+    before = model.clone() if checker is not None or raises or keep is not None else None
     shape = signature(model)
     remarks = Remarks()
     reset_peak_memory()
@@ -356,9 +365,18 @@ def _run_one(
     if not step.changed:
         step.verdict = "unchanged"
     else:
-        cost = model_cost(model, shapes=cost.shapes)
+        outputs = None if checker is None else checker.outputs
         if checker is not None:
             step.distance, step.verdict = checker.check(model, item.numerics, item.name, before)
+        step.rolled_back = None if keep is None else keep(model, step)
+        if step.rolled_back is not None and before is not None:
+            model.ir, after, step.changed = before.ir, mark, False
+            model.forget_names()
+            step.verdict = "rolled back"
+            if checker is not None and outputs is not None:
+                checker.outputs = outputs
+        else:
+            cost = model_cost(model, shapes=cost.shapes)
     step.bytes_after, step.nodes_after = cost.weight_bytes, cost.nodes
     step.parameters, step.macs = cost.parameters, cost.macs
     if step.changed:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import mmap
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -100,20 +101,44 @@ class Scratch:
         tensor = ir.PackedTensor(packed.reshape(-1), dtype, shape=ir.Shape(shape), name=name)
         return self._spill(tensor)
 
+    def streamed(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], blocks: Iterable[np.ndarray]
+    ) -> ir.TensorProtocol:
+        """A tensor that is handed over in blocks, so that a large one is never in memory whole.
+
+        Args:
+            name: the tensor's name.
+            dtype: element type, of a whole number of bytes.
+            shape: the shape.
+            blocks: consecutive parts of the tensor in C order, each valid until the next is asked for.
+        """
+        nbytes = math.prod(shape) * dtype.bitwidth // 8
+        if nbytes < SPILL_BYTES:
+            array = np.empty(math.prod(shape), dtype.numpy())
+            at = 0
+            for block in blocks:
+                array[at : at + block.size] = block.reshape(-1)
+                at += block.size
+            return ir.Tensor(array.reshape(shape), dtype=dtype, name=name)
+        location = f"{next(self._numbers)}.bin"
+        with open(os.path.join(self.folder, location), "wb") as file:
+            for block in blocks:
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+        return self._spilled(location, name, nbytes, dtype, shape)
+
     def _spill(self, tensor: ir.Tensor[Any] | ir.PackedTensor[Any]) -> ir.TensorProtocol:
         if tensor.nbytes < SPILL_BYTES:
             return tensor
         location = f"{next(self._numbers)}.bin"
         with open(os.path.join(self.folder, location), "wb") as file:
             tensor.tofile(file)
+        return self._spilled(location, tensor.name or "", tensor.nbytes, tensor.dtype, tensor.shape.numpy())
+
+    def _spilled(
+        self, location: str, name: str, nbytes: int, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.TensorProtocol:
         spilled = ScratchTensor(
-            location,
-            0,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape),
-            name=tensor.name or "",
-            base_dir=self.folder,
+            location, 0, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self.folder
         )
         spilled.scratch = self
         return spilled

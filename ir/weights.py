@@ -32,6 +32,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from effic.ir.compressed import Compressed, recognise_compressed, tensor_of
 from effic.ir.encodings import Encoding, build, decode, recognise
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor, describe
@@ -81,6 +82,8 @@ class WeightSite:
         encoding: how it is compressed already, or None.
         other_readers: nodes and graph outputs that read the weight as something else.
         why_not: why the weight cannot be rewritten, as a phrase, or None.
+        compressed: how its values (or the codes of its encoding) are stored, where that is not one by
+            one; :meth:`read` decompresses.
     """
 
     name: str
@@ -95,6 +98,7 @@ class WeightSite:
     encoding: Encoding | None
     other_readers: list[str]
     why_not: str | None
+    compressed: Compressed | None = None
 
     @property
     def kinds(self) -> set[str]:
@@ -180,7 +184,7 @@ class WeightSite:
             return np.array(rows, dtype=np.float32, order="C")
 
     def _tensor(self) -> ir.TensorProtocol:
-        tensor = constant_tensor(self.value)
+        tensor = tensor_of(self.value)
         if tensor is None:
             raise UnsupportedError(
                 f"weight '{self.name}' {self.why_not or 'is no constant'}, so it cannot be read"
@@ -229,6 +233,30 @@ class WeightSite:
         _drop_unread(self.value)
         self.value, self.encoding = new, encoding
         return new
+
+    def replace(self, tensor: ir.TensorProtocol) -> None:
+        """Let every reader see another constant, under the same name.
+
+        Args:
+            tensor: of the shape and dtype of the weight.
+
+        Raises:
+            UnsupportedError: the weight is encoded or no constant, or the tensor does not fit.
+        """
+        old = self._tensor()
+        if self.encoding is not None:
+            raise UnsupportedError(f"weight '{self.name}' is encoded, so its values cannot be replaced")
+        if tensor.dtype != old.dtype or tuple(tensor.shape.numpy()) != self.shape:
+            raise UnsupportedError(
+                f"a tensor of shape {list(tensor.shape)} and type {tensor.dtype.name} does not fit "
+                f"weight '{self.name}' of shape {list(self.shape)} and type {old.dtype.name}"
+            )
+        tensor.name = self.value.name
+        if (node := self.value.producer()) is not None:
+            # The constants of function bodies are nodes.
+            node.attributes.clear()
+            node.attributes.add(ir.AttrTensor("value", tensor))
+        self.value.const_value = tensor
 
     def redirect(self, model: Model, tensor: ir.TensorProtocol, uses: Collection[WeightUse]) -> ir.Value:
         """Let some uses read a constant of their own, and the others what they read before.
@@ -296,7 +324,8 @@ def _visit(node: ir.Node, opset: int, owner: str | None, sites: dict[int, Weight
         return
     value, via, transposed = _resolve(operand)
     tensor, encoding = constant_tensor(value), recognise(value)
-    known = tensor is not None or encoding is not None
+    compressed = recognise_compressed(value) if tensor is None else None
+    known = tensor is not None or encoding is not None or compressed is not None
     key = id(value) if known else id(node)
     in_axis, reason = _summed_axis(node, index, transposed)
     use = WeightUse(node, index, tuple(via), in_axis)
@@ -306,6 +335,10 @@ def _visit(node: ir.Node, opset: int, owner: str | None, sites: dict[int, Weight
         return
     if encoding is not None:
         shape, name = encoding.shape, encoding.weight or encoding.codes.name
+        compressed = encoding.compressed
+    elif compressed is not None:
+        shape, name = compressed.shape, compressed.weight or value.name
+        reason = f"is stored {compressed.describe()}; passes that change weights go before compress-nm"
     else:
         shape, name = (tuple(tensor.shape.numpy()) if tensor is not None else ()), value.name
     groups = node.attributes.get("group")
@@ -322,6 +355,7 @@ def _visit(node: ir.Node, opset: int, owner: str | None, sites: dict[int, Weight
         encoding=encoding,
         other_readers=[],
         why_not=_not_constant(value, owner) if not known else (reason or _bad_form(node, shape, tensor, via)),
+        compressed=compressed,
     )
 
 
@@ -341,7 +375,7 @@ def _weight_index(node: ir.Node) -> int | None:
     for index in (1, 0):
         operand = node.inputs[index]
         value = _resolve(operand)[0] if operand is not None else None
-        if constant_tensor(value) is not None or recognise(value) is not None:
+        if tensor_of(value) is not None or recognise(value) is not None:
             return index
     # Neither side is constant: the one an input or a chain of nodes over constants hides on, else
     # the right one, which is where weights are.
@@ -427,7 +461,7 @@ def _bad_form(
 
 def _other_readers(site: WeightSite) -> list[str]:
     """Who reads the weight, or a value between it and its uses, as something else."""
-    if site.why_not is not None and constant_tensor(site.value) is None and site.encoding is None:
+    if site.why_not is not None and tensor_of(site.value) is None and site.encoding is None:
         return []
     uses = {(use.node, use.index) for use in site.uses}
     between = {node for use in site.uses for node in use.via}

@@ -450,7 +450,7 @@ def _same_values(model: Model, values: Sequence[ir.Value]) -> list[ir.Value]:
 def _statistics_bytes(rows: Rows, second_moment: bool, sketch: int) -> int:
     """Memory of the statistics of one activation while they are gathered."""
     size, width = rows.groups * rows.width, rows.width
-    total = 20 * size + 4 * sketch * size
+    total = 28 * size + 4 * sketch * size
     if second_moment or 0 < sketch >= width:
         # The sum, a product to add to it, and rows that wait for it.
         total += 8 * size * width + min(BUFFER_BYTES, 4 * BUFFER_ROWS * size)

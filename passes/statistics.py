@@ -32,6 +32,7 @@ class SiteStatistics:
         sketch: float32 ``[G, R, K]``, or None; ``sketchᵀ·sketch`` is about the second moment, and
             exactly it when the rows or K are no more than were asked for.
         mean_abs: float32 ``[G·K]``, mean magnitude.
+        mean_square: float32 ``[G·K]``, mean square: the diagonal of the second moment, at next to no cost.
         abs_max: float32 ``[G·K]``, largest magnitude.
         low: float32 ``[G·K]``, least value.
         high: float32 ``[G·K]``, largest value.
@@ -41,6 +42,7 @@ class SiteStatistics:
     second_moment: np.ndarray | None
     sketch: np.ndarray | None
     mean_abs: np.ndarray
+    mean_square: np.ndarray
     abs_max: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -48,7 +50,8 @@ class SiteStatistics:
     @property
     def nbytes(self) -> int:
         """Memory taken."""
-        arrays = (self.second_moment, self.sketch, self.mean_abs, self.abs_max, self.low, self.high)
+        lines = (self.mean_abs, self.mean_square, self.abs_max, self.low, self.high)
+        arrays = (self.second_moment, self.sketch, *lines)
         return sum(a.nbytes for a in arrays if a is not None)
 
     def output_error(self, delta: np.ndarray) -> float:
@@ -106,6 +109,7 @@ class Accumulator:
         self.groups, self.width, self.rows = groups, width, 0
         size = groups * width
         self._sum_abs = np.zeros(size, np.float64)
+        self._sum_square = np.zeros(size, np.float64)
         self._low = np.full(size, np.inf, np.float32)
         self._high = np.full(size, -np.inf, np.float32)
         # A sketch of as many rows as there are inputs is any root of the second moment.
@@ -133,6 +137,7 @@ class Accumulator:
         np.minimum(self._low, flat.min(axis=0), out=self._low)
         np.maximum(self._high, flat.max(axis=0), out=self._high)
         self._sum_abs += np.abs(flat).sum(axis=0, dtype=np.float64)
+        self._sum_square += np.einsum("nk,nk->k", flat, flat)
         if self._sketch is not None:
             self._sketch.add(rows)
         if self._moment is not None:
@@ -163,6 +168,7 @@ class Accumulator:
             second_moment=moment if self._keep_moment else None,
             sketch=sketch,
             mean_abs=(self._sum_abs / count).astype(np.float32),
+            mean_square=(self._sum_square / count).astype(np.float32),
             abs_max=np.maximum(np.abs(low), np.abs(high)),
             low=low,
             high=high,
@@ -256,6 +262,9 @@ def combine(parts: Sequence[SiteStatistics]) -> SiteStatistics:
         second_moment=moment,
         sketch=sketch,
         mean_abs=np.sum([np.float32(s) * p.mean_abs for s, p in zip(shares, parts, strict=True)], axis=0),
+        mean_square=np.sum(
+            [np.float32(s) * p.mean_square for s, p in zip(shares, parts, strict=True)], axis=0
+        ),
         abs_max=np.max([p.abs_max for p in seen], axis=0),
         low=np.min([p.low for p in seen], axis=0),
         high=np.max([p.high for p in seen], axis=0),

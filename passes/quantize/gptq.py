@@ -90,7 +90,12 @@ class GptqResult(NamedTuple):
 
 
 def factorise(
-    second_moment: np.ndarray, *, percdamp: float = 0.01, act_order: bool = True, shared_order: bool = False
+    second_moment: np.ndarray,
+    *,
+    percdamp: float = 0.01,
+    act_order: bool = True,
+    shared_order: bool = False,
+    order: np.ndarray | None = None,
 ) -> Factor:
     """Damp and factor the second moment of a layer's inputs.
 
@@ -100,11 +105,13 @@ def factorise(
             tried with ten times as much, three times.
         act_order: round the inputs with the largest second moment first, instead of in order.
         shared_order: one order for all convolution groups.
+        order: intp ``[K]``, the order in which inputs are dealt with, for all groups and instead of
+            ``act_order``.
     """
     groups, inputs, _ = second_moment.shape
     diagonal = np.ascontiguousarray(np.diagonal(second_moment, axis1=1, axis2=2), np.float32)
     dead = diagonal == 0
-    order = np.empty((groups, inputs), np.intp)
+    places = np.empty((groups, inputs), np.intp)
     upper = np.zeros((groups, inputs, inputs), np.float32)
     pivots = np.ones((groups, inputs), np.float32)
     means = diagonal.sum(axis=1, dtype=np.float64) / np.maximum((~dead).sum(axis=1), 1)
@@ -114,8 +121,11 @@ def factorise(
         importance[:] = importance.mean(axis=0, dtype=np.float64)
     most, silent, failed = percdamp, 0, 0
     for group in range(groups):
-        first = np.argsort(-importance[group], kind="stable") if act_order else np.arange(inputs)
-        order[group] = first[::-1]
+        if order is not None:
+            first = order
+        else:
+            first = np.argsort(-importance[group], kind="stable") if act_order else np.arange(inputs)
+        places[group] = first[::-1]
         if not diagonal[group].any():
             # Nothing is known of these weights; to make them zero, as single dead inputs are, would
             # remove the layer.
@@ -125,7 +135,7 @@ def factorise(
         damping = percdamp
         for _ in range(_RETRIES + 1):
             found = _factorise_one(
-                second_moment[group], order[group], dead[group], means[group], damping, upper[group]
+                second_moment[group], places[group], dead[group], means[group], damping, upper[group]
             )
             if found is not None:
                 pivots[group], most = found, max(most, damping)
@@ -142,7 +152,7 @@ def factorise(
         if count:
             which = f"{count} of {groups} groups " if groups > 1 else ""
             reasons.append(f"{which}rounded to nearest: {reason}")
-    return Factor(order, upper, pivots, dead, most, "; ".join(reasons) or None)
+    return Factor(places, upper, pivots, dead, most, "; ".join(reasons) or None)
 
 
 def _factorise_one(

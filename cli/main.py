@@ -42,6 +42,9 @@ class LazyGroup(click.Group):
             return None
         import importlib
 
+        from effic.cli.put_off import put_off_imports
+
+        put_off_imports()
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command

@@ -18,7 +18,6 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from scipy.linalg.blas import dgemm, sgemm
 
 from effic.ir.mapped import MappedTensor
 from effic.ir.tensors import borrow
@@ -158,13 +157,8 @@ def _add(sums: np.ndarray, start: int, term: Term) -> None:
     if rank > _THIN or not left.size:
         target += left @ term.right
         return
-    if target.flags.c_contiguous and width * rank * _HEIGHT <= _MULTIPLICATIONS:
-        # BLAS counts columns first: transposed, rows are a contiguous matrix to it, updated in one pass.
-        gemm = sgemm if sums.dtype == np.float32 else dgemm
-        for row in range(0, len(left), _HEIGHT):
-            rows = slice(row, row + _HEIGHT)
-            gemm(1.0, term.right.T, left[rows].T, beta=1.0, c=target[rows].T, overwrite_c=True)
-        return
+    # Few rows at a time: what the product writes is in the nearest cache when it is added. BLAS could add
+    # in one go, but importing scipy for it costs more than it saves below some gigabytes.
     step = _MULTIPLICATIONS // (_HEIGHT * rank)
     product = np.empty((min(_HEIGHT, len(left)), width), sums.dtype)
     for row in range(0, len(left), _HEIGHT):

@@ -56,7 +56,9 @@ def _refused() -> None:
 
 
 def _holds_a_tensor(node: ir.Node) -> bool:
-    return any(key in node.attributes for key in ("value", "value_float", "value_floats", "value_int", "value_ints"))
+    return any(
+        key in node.attributes for key in ("value", "value_float", "value_floats", "value_int", "value_ints")
+    )
 
 
 def convert_body(graph: ir.Graph, outer: GraphBuilder) -> tuple[fx.GraphModule, list[fx.Node]]:

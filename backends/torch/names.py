@@ -24,7 +24,9 @@ def state_keys(names: Iterable[str]) -> dict[str, str]:
     """
     wanted = list(names)
     usable = {name: _parts_allowed(name) for name in wanted}
-    prefixes = {".".join(parts[:i]) for name in wanted for parts in [name.split(".")] for i in range(1, len(parts))}
+    prefixes = {
+        ".".join(parts[:i]) for name in wanted for parts in [name.split(".")] for i in range(1, len(parts))
+    }
     keys: dict[str, str] = {}
     taken = {name for name in wanted if usable[name] and name not in prefixes}
     for name in wanted:

@@ -15,7 +15,6 @@ from effic.backends.torch.builder import GraphBuilder, Store, to_tensor
 from effic.backends.torch.convert import convert_nodes
 from effic.backends.torch.functions.control import default
 from effic.backends.torch.names import argument_names, state_keys
-from effic.backends.torch.types import TORCH_TYPES
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import ONNX_DOMAINS, Model
 from effic.ir.tensors import borrow
@@ -114,12 +113,16 @@ def to_module(
     for value, path in plan.store.initializers.items():
         tensor = value.const_value
         if tensor is None:
-            raise UnsupportedError(f"initializer '{value.name}' has no values; load the model with its weights")
+            raise UnsupportedError(
+                f"initializer '{value.name}' has no values; load the model with its weights"
+            )
         with borrow(tensor) as array:
             loaded = to_tensor(array, tensor.dtype)
         if device is not None:
             loaded = loaded.to(device)
-        _attach(module, path, nn.Parameter(loaded, requires_grad=trainable) if value in parameters else loaded)
+        _attach(
+            module, path, nn.Parameter(loaded, requires_grad=trainable) if value in parameters else loaded
+        )
     for path, constant in plan.store.constants.items():
         _attach(module, path, constant, persistent=False)
     for path, body in plan.store.modules.items():
@@ -149,7 +152,9 @@ class _Plan:
 def _plan(model: Model) -> _Plan:
     copy = model.clone()
     graphs = [copy.graph, *copy.graph.subgraphs()]
-    slots = {value: Slot(i, name) for i, graph in enumerate(graphs) for name, value in graph.initializers.items()}
+    slots = {
+        value: Slot(i, name) for i, graph in enumerate(graphs) for name, value in graph.initializers.items()
+    }
     if copy.ir.functions:
         common.InlinePass()(copy.ir)
     _infer_shapes(copy)
@@ -175,7 +180,9 @@ def _plan(model: Model) -> _Plan:
         inputs=inputs,
         outputs=tuple(str(value.name) for value in copy.graph.outputs),
         keys={path: slots[value] for value, path in kept.items()},
-        types={path: value.const_value.dtype for value, path in kept.items() if value.const_value is not None},
+        types={
+            path: value.const_value.dtype for value, path in kept.items() if value.const_value is not None
+        },
         baked=frozenset(store.initializers[v] for v in values if v.name in store.baked),
     )
     return _Plan(builder, store, trained, record)

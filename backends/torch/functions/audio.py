@@ -24,9 +24,7 @@ def window(
     return (first - second * torch.cos(turn) + third * torch.cos(2 * turn)).to(dtype)
 
 
-def dft(
-    x: torch.Tensor, length: int | None, axis: int, inverse: bool, onesided: bool
-) -> torch.Tensor:
+def dft(x: torch.Tensor, length: int | None, axis: int, inverse: bool, onesided: bool) -> torch.Tensor:
     """Discrete Fourier transform along ``axis`` of numbers stored as ``[..., 1]`` (real) or ``[..., 2]``.
 
     Args:
@@ -76,7 +74,13 @@ def stft(
 
 
 def mel_weights(
-    bins: int, length: int, rate: int, low: float, high: float, dtype: torch.dtype, device: torch.device | None = None
+    bins: int,
+    length: int,
+    rate: int,
+    low: float,
+    high: float,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Triangular mel filters ``[length // 2 + 1, bins]``, on whole bins of the spectrum as ONNX defines them."""
     spectrum = length // 2 + 1

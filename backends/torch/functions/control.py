@@ -100,6 +100,8 @@ def scan(
         parts.append(tuple(results[count:]))
     stacks = [
         torch.stack(column[:: -1 if backwards else 1], axis)
-        for column, axis, backwards in zip(zip(*parts, strict=True), output_axes, output_reversed, strict=True)
+        for column, axis, backwards in zip(
+            zip(*parts, strict=True), output_axes, output_reversed, strict=True
+        )
     ]
     return (*carried, *stacks)

@@ -133,7 +133,9 @@ def cast_float8(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
     infinite = dtype == torch.float8_e5m2
     if not saturate:
         # Half a step beyond the largest still rounds to it.
-        step = {torch.float8_e4m3fn: 32, torch.float8_e4m3fnuz: 16}.get(dtype, 2.0**14 if infinite else 2.0**13)
+        step = {torch.float8_e4m3fn: 32, torch.float8_e4m3fnuz: 16}.get(
+            dtype, 2.0**14 if infinite else 2.0**13
+        )
         over = wide.abs() > largest + step / 2
         beyond = torch.copysign(torch.full_like(wide, float("inf" if infinite else "nan")), wide)
         result = torch.where(over | torch.isinf(wide), beyond, result.to(torch.float32)).to(dtype)

@@ -41,7 +41,9 @@ def gather_nd(x: torch.Tensor, indices: torch.Tensor, batch_dims: int) -> torch.
     places = [wrap(indices[..., i], x.shape[batch_dims + i]) for i in range(depth)]
     rest = places[0].ndim - batch_dims
     batch = [
-        torch.arange(x.shape[i], device=x.device).reshape([-1 if j == i else 1 for j in range(batch_dims)] + [1] * rest)
+        torch.arange(x.shape[i], device=x.device).reshape(
+            [-1 if j == i else 1 for j in range(batch_dims)] + [1] * rest
+        )
         for i in range(batch_dims)
     ]
     return x[(*batch, *places)]
@@ -134,10 +136,14 @@ def unique(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distinct entries (or slices along ``axis``), where each is first, which each entry is, how many there are."""
     if axis is None:
-        values, inverse, counts = torch.unique(x.reshape(-1), sorted=True, return_inverse=True, return_counts=True)
+        values, inverse, counts = torch.unique(
+            x.reshape(-1), sorted=True, return_inverse=True, return_counts=True
+        )
         along = 0
     else:
-        values, inverse, counts = torch.unique(x, sorted=True, return_inverse=True, return_counts=True, dim=axis)
+        values, inverse, counts = torch.unique(
+            x, sorted=True, return_inverse=True, return_counts=True, dim=axis
+        )
         along = axis
     inverse = inverse.reshape(-1)
     places = torch.arange(len(inverse), device=x.device)

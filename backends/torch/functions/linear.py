@@ -19,5 +19,3 @@ def gemm(
         return product
     scaled = c if beta == 1.0 else (c * beta).to(a.dtype)
     return product + scaled
-
-

@@ -253,14 +253,20 @@ def gather_decoded(
     gather_axis, quantize_axis = gather_axis % codes.ndim, quantize_axis % codes.ndim
     if gather_axis == quantize_axis:
         whole = codes.to(torch.int16) - (
-            default_zero if zero_points is None else spread(zero_points, shape, quantize_axis, block).to(torch.int16)
+            default_zero
+            if zero_points is None
+            else spread(zero_points, shape, quantize_axis, block).to(torch.int16)
         )
-        return gather(whole.to(scales.dtype) * spread(scales, shape, quantize_axis, block), indices, gather_axis)
+        return gather(
+            whole.to(scales.dtype) * spread(scales, shape, quantize_axis, block), indices, gather_axis
+        )
     picked = gather(codes, indices, gather_axis).to(torch.int16)
     factor = gather(scales, indices, gather_axis)
     axis = quantize_axis if quantize_axis < gather_axis else quantize_axis + indices.ndim - 1
     if zero_points is None:
         picked = picked - default_zero
     else:
-        picked = picked - spread(gather(zero_points, indices, gather_axis), picked.shape, axis, block).to(torch.int16)
+        picked = picked - spread(gather(zero_points, indices, gather_axis), picked.shape, axis, block).to(
+            torch.int16
+        )
     return picked.to(factor.dtype) * spread(factor, picked.shape, axis, block)

@@ -17,9 +17,7 @@ def output_size(size: int, scale: float) -> int:
     return math.floor(size * scale)
 
 
-def fit_sizes(
-    sizes: Sequence[int], wanted: Sequence[int], policy: str
-) -> tuple[list[int], list[float]]:
+def fit_sizes(sizes: Sequence[int], wanted: Sequence[int], policy: str) -> tuple[list[int], list[float]]:
     """Sizes and scales that keep the aspect ratio, for ``keep_aspect_ratio_policy``."""
     if policy == "stretch":
         return list(wanted), [want / size for want, size in zip(wanted, sizes, strict=True)]
@@ -151,7 +149,9 @@ def resize_axis(
     if crops:
         outside = ((places < 0) | (places > size - 1)).to(x.device)
         mask = outside.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-        result = torch.where(mask, torch.full((), extrapolation_value, dtype=result.dtype, device=x.device), result)
+        result = torch.where(
+            mask, torch.full((), extrapolation_value, dtype=result.dtype, device=x.device), result
+        )
     return result
 
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 
 
-def grid_sample(x: torch.Tensor, grid: torch.Tensor, mode: str, padding_mode: str, align_corners: bool) -> torch.Tensor:
+def grid_sample(
+    x: torch.Tensor, grid: torch.Tensor, mode: str, padding_mode: str, align_corners: bool
+) -> torch.Tensor:
     """ONNX GridSample in any number of dimensions.
 
     Args:
@@ -135,7 +137,15 @@ def roi_align(
     counts = torch.ceil(bins).clamp(min=1).to(torch.int64).tolist()
     return torch.cat(
         [
-            _align(x, batch[i : i + 1], corners[i : i + 1], bins[i : i + 1], shape, (counts[i][0], counts[i][1]), mode)
+            _align(
+                x,
+                batch[i : i + 1],
+                corners[i : i + 1],
+                bins[i : i + 1],
+                shape,
+                (counts[i][0], counts[i][1]),
+                mode,
+            )
             for i in range(len(counts))
         ]
     )

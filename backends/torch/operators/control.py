@@ -49,7 +49,9 @@ def loop(node: OperatorNode, graph: GraphBuilder) -> Results:
         node.refuse("carries a value that is left out")
     empty = []
     for output in body.outputs[1 + len(carried) :]:
-        shape = [dim if isinstance(dim, int) else 0 for dim in output.shape] if output.shape is not None else []
+        shape = (
+            [dim if isinstance(dim, int) else 0 for dim in output.shape] if output.shape is not None else []
+        )
         empty.append((tuple(shape), torch_dtype(output.dtype or ir.DataType.FLOAT)))
     made = graph.call(
         control.loop, count, going, module, carried, reads, graph.anchor(), _stops_itself(body), empty

@@ -164,7 +164,10 @@ def activation(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
             return graph.call(F.celu, x, get("alpha", 1.0))
         case "Selu":
             return graph.call(
-                functions.selu, x, get("alpha", 1.67326319217681884765625), get("gamma", 1.05070102214813232421875)
+                functions.selu,
+                x,
+                get("alpha", 1.67326319217681884765625),
+                get("gamma", 1.05070102214813232421875),
             )
         case "HardSigmoid":
             return graph.call(functions.hard_sigmoid, x, get("alpha", 0.2), get("beta", 0.5))
@@ -255,5 +258,3 @@ def constant(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     if sparse is None:
         node.refuse("holds strings, which torch cannot")
     node.refuse("holds a sparse tensor; write it as a dense one")
-
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from effic.backends.torch.functions import convolution, indexing, linear
 from effic.backends.torch.sparse_training.masks import Layout
 
 Kind = Literal["Linear", "Conv", "ConvTranspose"]
@@ -103,7 +104,9 @@ def weights(module: nn.Module) -> list[Weight]:
         for key, (tensor, places, readers) in found.items()
     ]
     for name, parameter in module.named_parameters():
-        if id(parameter) not in found and (isinstance(parameter, UninitializedParameter) or parameter.dim() > 1):
+        if id(parameter) not in found and (
+            isinstance(parameter, UninitializedParameter) or parameter.dim() > 1
+        ):
             why = "is read by no linear layer, convolution or matrix product that is known here"
             if ".original" in name and "parametrizations." in name:
                 why = "is parametrized already"
@@ -167,12 +170,23 @@ _SUMS: set[Any] = {torch.addmm, Tensor.addmm, torch.ops.aten.addmm.default}
 _CONVS: set[Any] = {
     functional.conv1d, functional.conv2d, functional.conv3d,
     torch.conv1d, torch.conv2d, torch.conv3d,
+    torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default,
 }  # fmt: skip
 _CONV_TRANSPOSES: set[Any] = {
     functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d,
     torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+    torch.ops.aten.conv_transpose1d.default, torch.ops.aten.conv_transpose2d.input,
+    torch.ops.aten.conv_transpose3d.input,
 }  # fmt: skip
-_TABLES: set[Any] = {functional.embedding, torch.embedding, torch.index_select, operator.getitem}
+_TABLES: set[Any] = {
+    functional.embedding,
+    torch.embedding,
+    torch.index_select,
+    operator.getitem,
+    torch.ops.aten.embedding.default,
+    indexing.gather,
+    indexing.pick,
+}
 _METHODS = {"matmul": torch.matmul, "mm": torch.mm, "__matmul__": torch.matmul}
 
 
@@ -226,16 +240,25 @@ def _use(user: fx.Node, weight: fx.Node, rank: int) -> _Reader:
                 if target in _CONVS:
                     return _Reader("Conv", Layout(1, 1, 0, groups))
                 return _Reader("ConvTranspose", Layout(0, groups, 1, 1))
+        if target is linear.gemm and index in (0, 1):
+            trans_a, trans_b = user.args[5:7]
+            return _Reader("Linear", LINEAR if (trans_b if index else not trans_a) else MATMUL, plain=False)
+        if target is convolution.conv_transpose and index == 1:
+            return _Reader("ConvTranspose", Layout(0, int(str(user.kwargs["group"])), 1, 1), plain=False)
         if target in _TABLES:
             return _Reader(None, plain=False, why_not="is an embedding")
     name = getattr(target, "__name__", None) or str(user.target)
     return _Reader(None, plain=False, why_not=f"is read by '{name}'")
 
 
-_TRANSPOSES: dict[Any, Callable[[tuple[Any, ...]], bool]] = {
-    torch.t: lambda args: True,
-    torch.transpose: lambda args: sorted(a % 2 for a in args) == [0, 1],
-    torch.permute: lambda args: list(args[0] if len(args) == 1 else args) in ([1, 0], [-1, -2]),
+# Which axes, each modulo 2, make these the transpose of a matrix.
+_TRANSPOSES: dict[Any, set[tuple[int, ...]]] = {
+    torch.t: {()},
+    torch.transpose: {(0, 1), (1, 0)},
+    torch.permute: {(1, 0)},
+    torch.ops.aten.t.default: {()},
+    torch.ops.aten.transpose.int: {(0, 1), (1, 0)},
+    torch.ops.aten.permute.default: {(1, 0)},
 }
 _TRANSPOSE_METHODS = {"t": torch.t, "transpose": torch.transpose, "permute": torch.permute}
 
@@ -244,12 +267,9 @@ def _turns(user: fx.Node, weight: fx.Node, rank: int) -> bool:
     """Whether a node is the transpose of a matrix."""
     if rank != 2 or not user.args or user.args[0] is not weight:
         return False
-    if user.target is getattr and user.args[1:] in (("T",), ("mT",)):
-        return True
+    if user.target is getattr:
+        return user.args[1:] in (("T",), ("mT",))
     target = _TRANSPOSE_METHODS.get(str(user.target)) if user.op == "call_method" else user.target
-    check = _TRANSPOSES.get(target)
-    if check is None:
-        return False
     arguments = (*user.args[1:], *user.kwargs.values())
     axes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], (list, tuple)) else arguments
-    return check(tuple(axes)) if all(isinstance(a, int) for a in axes) else False
+    return tuple(a % 2 if isinstance(a, int) else None for a in axes) in _TRANSPOSES.get(target, set())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from effic.cli import console
+from effic.cli.accuracy import accuracy, metric_options, print_accuracy
 
 if TYPE_CHECKING:
     from effic.compare import Comparison
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 @click.option(
     "--min-top1", type=float, metavar="X", help="Fail when fewer top entries agree than this share (0 to 1)."
 )
+@metric_options
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="X",
+    help="Fail when B scores worse than A by more: points, or per cent.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the distances as JSON.")
 def compare(
     a: str,
@@ -49,8 +57,11 @@ def compare(
     min_cosine: float | None,
     min_top1: float | None,
     as_json: bool,
+    **scoring: Any,
 ) -> None:
     """How far the outputs of B lie from those of A, on the same inputs.
+
+    With --metric both are scored on --data as well, A being the reference.
 
     Exits with 1 when a bound is broken, when an output has another shape or type, or when B yields
     NaN or Inf where A does not.
@@ -59,7 +70,16 @@ def compare(
     from effic.compare import compare as run
 
     bounds = Bounds(max_abs, rtol, min_sqnr, min_cosine, min_top1)
-    comparison = run(a, b, inputs=inputs, seed=seed, count=count, as_written=as_written, bounds=bounds)
+    comparison = run(
+        a,
+        b,
+        inputs=inputs,
+        seed=seed,
+        count=count,
+        as_written=as_written,
+        bounds=bounds,
+        accuracy=accuracy(scoring),
+    )
     if as_json:
         console.print_json(comparison.to_dict())
     else:
@@ -93,5 +113,7 @@ def _print(comparison: Comparison) -> None:
         "",
         console.table("output", ">max |Δ|", ">of range", ">SQNR", ">cosine", ">top-1", rows=rows),
     )
+    if comparison.accuracy is not None:
+        print_accuracy(comparison.accuracy)
     for text in comparison.broken:
         console.note(f"broken: {text}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from effic.cli import console
+from effic.cli.accuracy import accuracy, accuracy_options, print_accuracy
 
 if TYPE_CHECKING:
     from effic.ir.model import Model
@@ -52,6 +53,7 @@ REASONS = 8
     type=click.Choice(["each", "final", "off"]),
     help="Check the numbers after each pass (default), at the end, or never.",
 )
+@accuracy_options
 @click.option("--require-change", is_flag=True, help="Fail (exit code 1) when a pass changes nothing.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write the output.")
 @click.option(
@@ -92,6 +94,7 @@ def optimize(
     external_data: bool | None,
     as_json: bool,
     quiet: bool,
+    **scoring: Any,
 ) -> None:
     """Run passes over MODEL (an .onnx or .pt2 file) and write the result.
 
@@ -105,6 +108,7 @@ def optimize(
       effic optimize model.onnx --passes 'fuse-conv-bn,quantize-rtn{bits=4}' -o out.onnx
       effic optimize model.onnx --preset int8 --inputs data.npz --report report.json -o out.onnx
       effic optimize model.onnx --passes quantize-gptq --calib images.npz -o out.onnx
+      effic optimize model.onnx --preset int4 --metric top1 --data val.npz --max-drop 0.5 -o out.onnx
     """
     from effic.ir.errors import UsageError
     from effic.optimize import optimize as run
@@ -127,6 +131,7 @@ def optimize(
     made_up = inputs is None and options.get("check") != "off"
     if seed is not None and options.get("calib") is None and not made_up:
         raise UsageError("--seed does nothing here: no inputs are made up, no samples chosen; leave it out")
+    options["accuracy"] = accuracy(scoring, options.get("accuracy"))
     _lower(options, lower)
     if require_change:
         options["require_change"] = True
@@ -263,6 +268,9 @@ def _print(report: Report, dry_run: bool, report_file: str | None) -> None:
         "",
         _totals(report),
     )  # fmt: skip
+    if report.accuracy is not None:
+        print_accuracy(report.accuracy)
+    _print_undone(report)
     _print_missed(report, report_file)
     if report.output is not None:
         console.print_result(f"wrote {report.output}{_file_size(report)}")
@@ -275,7 +283,7 @@ def _print(report: Report, dry_run: bool, report_file: str | None) -> None:
 def _row(step: Step) -> list[str]:
     return [
         f"lower for {step.text}" if step.name == "lower" else step.text,
-        str(step.passed),
+        str(0 if step.rolled_back else step.passed),
         str(step.missed),
         _move(step.bytes_before, step.bytes_after, console.size),
         _move(step.nodes_before, step.nodes_after, str),
@@ -316,6 +324,12 @@ def _file_size(report: Report) -> str:
     if before is None:
         return f" ({console.size(after)})"
     return f" ({_move(before, after, console.size)}{_percent(before, after).replace(' (', ', ').rstrip(')')})"
+
+
+def _print_undone(report: Report) -> None:
+    for step in report.steps:
+        if step.rolled_back is not None:
+            console.print_result("", f"rolled back: {step.text}: {step.rolled_back}")
 
 
 def _print_missed(report: Report, report_file: str | None) -> None:

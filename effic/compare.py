@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from effic.guard import Accuracy, Guard
 from effic.ir.errors import NotMeasuredError, UsageError
 from effic.ir.evaluate import (
     Distance,
@@ -106,6 +107,7 @@ class Comparison:
         outputs: the distance of each output of ``b`` from that of ``a``, by ``a``'s name.
         notes: what the reader should know, each a sentence.
         broken: the bounds that are broken, each as a phrase; empty when none is.
+        accuracy: the metric of both, and what was allowed, where one was asked for.
     """
 
     a: str
@@ -115,6 +117,7 @@ class Comparison:
     outputs: dict[str, Distance] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    accuracy: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON-able data."""
@@ -126,6 +129,7 @@ class Comparison:
             "outputs": {name: distance.to_dict() for name, distance in self.outputs.items()},
             "notes": self.notes,
             "broken": self.broken,
+            "accuracy": self.accuracy,
         }
 
 
@@ -138,6 +142,7 @@ def compare(
     count: int = DEFAULT_COUNT,
     as_written: bool = False,
     bounds: Bounds | None = None,
+    accuracy: Accuracy | None = None,
 ) -> Comparison:
     """Run two ONNX files on the same inputs and measure how far their outputs lie apart.
 
@@ -150,6 +155,7 @@ def compare(
         as_written: run the graphs as they are written. By default ONNX Runtime optimises both as it
             does for a user of the files, which may move the numbers by itself.
         bounds: what to hold the distances to.
+        accuracy: a metric to score both by, the data, and how much worse ``b`` may be.
 
     Raises:
         UsageError: a file is not there, the inputs of the two models differ, or the outputs cannot
@@ -192,6 +198,12 @@ def compare(
     comparison.outputs = dict(distances(reference, got))
     for name, distance in comparison.outputs.items():
         comparison.broken += (bounds or Bounds()).broken_by(name, distance)
+    if accuracy is not None:
+        guard = Guard.scored(accuracy, models[0], runs[0].run)
+        guard.after = guard.score(runs[1].run)
+        comparison.accuracy = guard.to_dict()
+        if reason := guard.why_not(guard.after):
+            comparison.broken.append(reason)
     return comparison
 
 

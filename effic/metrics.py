@@ -198,8 +198,13 @@ class Function(Metric):
     call: Callable[[Run, MetricData | None], float] = dataclasses.field(default=lambda run, data: math.nan)
 
     def __post_init__(self) -> None:
-        # Not options of a text: nothing to check.
-        pass
+        for name in ("higher_is_better", "unit"):
+            if hasattr(self.call, name):
+                object.__setattr__(self, name, getattr(self.call, name))
+        if self.unit not in ("points", "%"):
+            raise UsageError(
+                f"the metric {self.where} has the unit {self.unit!r}; it must be 'points' or '%'"
+            )
 
     @property
     def text(self) -> str:
@@ -214,15 +219,6 @@ class Function(Metric):
         if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
             raise UsageError(f"the metric {self.where} returned {type(value).__name__}, not a number")
         return Score(self.where, float(value), 1 if data is None else data.count, None, data and data.digest)
-
-    def drop(self, before: float, after: float) -> float:
-        better = getattr(self.call, "higher_is_better", True)
-        worse = before - after if better else after - before
-        return 100 * worse if getattr(self.call, "unit", "points") == "points" else 100 * worse / abs(before)
-
-    def worse(self, value: float, bound: float) -> bool:
-        better = getattr(self.call, "higher_is_better", True)
-        return not (value >= bound if better else value <= bound)
 
     def tally(self) -> Tally:
         raise UsageError(f"{self.where} is a function and has no tally")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from effic.guard import Accuracy, Guard
 from effic.ir.cost import ModelCost, model_cost
 from effic.ir.errors import CheckFailedError, UsageError
 from effic.ir.evaluate import Distance, Oracle, compare_outputs, load_inputs
@@ -52,6 +53,7 @@ class Report:
         seconds: time of the whole job.
         versions: effic and the packages that decide the result.
         calibration: the samples that passes looked at (source, digest, samples, random), or None.
+        accuracy: the metric before and after, and what was allowed, or None.
         model: the finished model.
     """
 
@@ -69,6 +71,7 @@ class Report:
     seconds: float
     versions: dict[str, str]
     calibration: dict[str, Any] | None
+    accuracy: dict[str, Any] | None
     model: Model = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def optimize(
     calib_window: int | None = None,
     seed: int = 0,
     check: Check = "each",
+    accuracy: Accuracy | None = None,
     require_change: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -140,6 +144,8 @@ def optimize(
         calib_window: tokens of a sample, where ``calib`` is a row of token ids.
         seed: of the seeded inputs, and of the choice of samples.
         check: ``each`` pass, ``final`` only, or ``off``.
+        accuracy: a metric to score the model by, the data, and how much may be lost; see
+            :class:`effic.guard.Accuracy`.
         require_change: fail when a pass changes nothing.
         dry_run: do everything but write.
         force: allow writing over an existing file, the input included.
@@ -183,6 +189,10 @@ def optimize(
         if arrays is None and calibration is not None:
             arrays = next(calibration.feeds())
         checker = Checker(model, arrays, seed)
+    guard = None
+    if accuracy is not None:
+        _tell(progress, "scoring the original", 0, steps_in_all)
+        guard = Guard.begin(model, accuracy, backend)
     result = run_passes(
         model,
         sequence,
@@ -190,6 +200,7 @@ def optimize(
         checker=checker,
         calibration=calibration,
         require_change=require_change,
+        keep=None if guard is None else guard.keep,
         after_pass=after_pass,
         progress=None if progress is None else lambda text, i, n: progress(text, i, steps_in_all),
     )
@@ -205,6 +216,9 @@ def optimize(
     if checker is not None and canonical is not None:
         _tell(progress, "running the result", len(sequence) + 1, steps_in_all)
         verdict, distance = _check_result(model, canonical, checker, sequence, lowered, check)
+    if guard is not None:
+        _tell(progress, "scoring the result", len(sequence) + 1, steps_in_all)
+        guard.finish(model)
     written, output_bytes = None, None
     if output is not None and not dry_run:
         sizes = [0]
@@ -230,6 +244,7 @@ def optimize(
         seconds=time.perf_counter() - began,
         versions={p: version(p) for p in ("effic", "onnx", "onnx-ir", "onnxruntime", "numpy")},
         calibration=None if calibration is None else calibration.to_dict(),
+        accuracy=None if guard is None else guard.to_dict(),
         model=model,
     )
 

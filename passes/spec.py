@@ -118,13 +118,18 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         seed = 0                     # optional
         calib = "images.npz"         # optional; also calib_samples, calib_window
 
+        [accuracy]                   # optional: the options --metric, --data, --max-drop, …
+        metric = "top1"
+        data = "validation.npz"
+        max_drop = 0.5
+
         [[pass]]
         name = "quantize-rtn"
         bits = 4
         group_size = 32
 
     Returns:
-        The fields that were given, ``passes`` as a list of :class:`Pass`.
+        The fields that were given, ``passes`` as a list of :class:`Pass`, ``accuracy`` as it is written.
 
     Raises:
         UsageError: no such file, no TOML, an unknown field or option.
@@ -136,7 +141,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"cannot read the recipe {path}: {error}") from error
     kinds: dict[str, type] = {
         "pass": list, "target": str, "check": str, "require_change": bool, "seed": int,
-        "calib": str, "calib_samples": int, "calib_window": int,
+        "calib": str, "calib_samples": int, "calib_window": int, "accuracy": dict,
     }  # fmt: skip
     for key, value in data.items():
         if key not in kinds:

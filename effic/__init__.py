@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effic.adapter_feeds import adapter_feeds as adapter_feeds
     from effic.backends.ort.artifact import OrtArtifact as OrtArtifact
+    from effic.backends.torch.read_back import read_back as read_back
+    from effic.backends.torch.to_module import to_module as to_module
     from effic.bench import bench as bench
     from effic.compare import compare as compare
     from effic.extract_lora import extract_lora as extract_lora
@@ -56,8 +58,10 @@ _EXPORTS = {
     "optimize": "effic.optimize",
     "option": "effic.passes.base",
     "parse_passes": "effic.passes.spec",
+    "read_back": "effic.backends.torch.read_back",
     "read_onnx": "effic.ir.onnx_format",
     "run_passes": "effic.passes.pipeline",
+    "to_module": "effic.backends.torch.to_module",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -111,6 +111,7 @@ class Store:
         known: initializers whose values may be read while building (those that are not trained).
         baked: names of initializers whose values were read, and so are part of the code.
         constants: arrays that are buffers but no initializers, by path.
+        missing: nodes without a converter, by their key in the table of operators.
         refusals: what cannot be built, each a phrase that names the node.
         modules: bodies of Loop, Scan and If, by path.
     """
@@ -120,6 +121,7 @@ class Store:
     baked: set[str] = dataclasses.field(default_factory=set)
     constants: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     modules: dict[str, fx.GraphModule] = dataclasses.field(default_factory=dict)
+    missing: dict[str, list[ir.Node]] = dataclasses.field(default_factory=dict)
     refusals: list[str] = dataclasses.field(default_factory=list)
 
 

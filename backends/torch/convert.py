@@ -37,7 +37,9 @@ def _convert(node: ir.Node, builder: GraphBuilder) -> None:
             return
         converter = lookup(node)
         if converter is None:
-            raise UnsupportedError(f"{describe(node)} is of an operator it lacks ({operator_key(node)})")
+            builder.store.missing.setdefault(operator_key(node), []).append(node)
+            _stand_in(node, builder)
+            return
         made = converter(OperatorNode(node, builder), builder)
         results = made if isinstance(made, tuple) else (made,)
         for value, result in zip(node.outputs, results, strict=False):
@@ -46,9 +48,13 @@ def _convert(node: ir.Node, builder: GraphBuilder) -> None:
     except UnsupportedError as error:
         text = str(error)
         builder.store.refusals.append(text if text.startswith(node.op_type) else f"{describe(node)} {text}")
-        # Something to go on with: every refusal is collected before the user is told.
-        for value in node.outputs:
-            builder.bind(value, builder.call(_refused))
+        _stand_in(node, builder)
+
+
+def _stand_in(node: ir.Node, builder: GraphBuilder) -> None:
+    """Something to go on with: every refusal is collected before the user is told."""
+    for value in node.outputs:
+        builder.bind(value, builder.call(_refused))
 
 
 def _refused() -> None:

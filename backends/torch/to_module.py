@@ -16,7 +16,7 @@ from effic.backends.torch.convert import convert_nodes
 from effic.backends.torch.functions.control import default
 from effic.backends.torch.names import argument_names, state_keys
 from effic.ir.errors import UnsupportedError
-from effic.ir.model import ONNX_DOMAINS, Model
+from effic.ir.model import ONNX_DOMAINS, Model, describe
 from effic.ir.tensors import borrow
 from effic.ir.torch_capture import ROLE_KEY
 
@@ -103,10 +103,13 @@ def to_module(
             nothing was built.
     """
     plan = _plan(model)
-    if plan.store.refusals:
+    if plan.refused:
+        reasons = [
+            f"no operator {key} (nodes {', '.join(repr(_name(node)) for node in nodes)})"
+            for key, nodes in plan.store.missing.items()
+        ]
         raise UnsupportedError(
-            f"torch cannot build this model: {'; '.join(plan.store.refusals)}; "
-            "rewrite or remove these nodes first"
+            f"the torch backend cannot build this model: {'; '.join([*reasons, *plan.store.refusals])}"
         )
     module = fx.GraphModule({}, fx.Graph())
     parameters = plan.trained
@@ -135,7 +138,17 @@ def to_module(
 
 def coverage(model: Model) -> list[str]:
     """What keeps a model from being built: one phrase per node, naming it and the reason; [] when all can."""
-    return list(_plan(model).store.refusals)
+    store = _plan(model).store
+    lacks = [
+        f"{describe(node)} is of an operator the torch backend lacks ({key})"
+        for key, nodes in store.missing.items()
+        for node in nodes
+    ]
+    return [*lacks, *store.refusals]
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or str(node.outputs[0].name if node.outputs else "?")
 
 
 # -- the plan: the graph without the weights -------------------------------------------------------
@@ -147,6 +160,10 @@ class _Plan:
     store: Store
     trained: set[ir.Value]
     record: ModuleRecord
+
+    @property
+    def refused(self) -> bool:
+        return bool(self.store.missing or self.store.refusals)
 
 
 def _plan(model: Model) -> _Plan:
@@ -171,7 +188,9 @@ def _plan(model: Model) -> _Plan:
     builder = GraphBuilder(store, imports)
     inputs = _arguments(copy.graph, builder)
     convert_nodes(copy.graph, builder)
-    results = [] if store.refusals else [builder.tensor(value) for value in copy.graph.outputs]
+    results = (
+        [] if store.refusals or store.missing else [builder.tensor(value) for value in copy.graph.outputs]
+    )
     builder.graph.output(results[0] if len(results) == 1 else tuple(results))
     builder.graph.eliminate_dead_code()
     _forget_unread(builder, store)

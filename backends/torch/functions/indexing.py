@@ -25,11 +25,6 @@ def gather(x: torch.Tensor, indices: torch.Tensor, axis: int) -> torch.Tensor:
     return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
-def pick(x: torch.Tensor, index: int, axis: int) -> torch.Tensor:
-    """One entry of ``x`` along ``axis``, the axis gone."""
-    return x.select(axis, index)
-
-
 def gather_elements(x: torch.Tensor, indices: torch.Tensor, axis: int) -> torch.Tensor:
     """``x`` at ``indices`` along ``axis``, both of one rank."""
     return x.gather(axis, wrap(indices, x.shape[axis]))
@@ -101,11 +96,6 @@ def one_hot(indices: torch.Tensor, depth: int, values: torch.Tensor, axis: int) 
     whole = indices.to(torch.int64)
     wanted = torch.where(whole < 0, whole + depth, whole).unsqueeze(axis)
     return torch.where(wanted == places, values[1], values[0])
-
-
-def trilu(x: torch.Tensor, k: int, upper: bool) -> torch.Tensor:
-    """The upper or lower triangle of the last two axes."""
-    return torch.triu(x, k) if upper else torch.tril(x, k)
 
 
 def eye_like(x: torch.Tensor, k: int, dtype: torch.dtype | None) -> torch.Tensor:
@@ -214,13 +204,10 @@ def pad(
     return x
 
 
-def depth_to_space(x: torch.Tensor, block: int, column_first: bool) -> torch.Tensor:
-    """Channels to blocks of pixels, ``[N, C, H, W] -> [N, C/b², H·b, W·b]``, with the column (CRD) or depth first."""
+def depth_to_space(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Channels to blocks of pixels, ``[N, C, H, W] -> [N, C/b², H·b, W·b]``; the block's place comes first (DCR)."""
     n, c, h, w = x.shape
-    if column_first:
-        parts = x.reshape(n, c // (block * block), block, block, h, w).permute(0, 1, 4, 2, 5, 3)
-    else:
-        parts = x.reshape(n, block, block, c // (block * block), h, w).permute(0, 3, 4, 1, 5, 2)
+    parts = x.reshape(n, block, block, c // (block * block), h, w).permute(0, 3, 4, 1, 5, 2)
     return parts.reshape(n, c // (block * block), h * block, w * block)
 
 

@@ -1,9 +1,8 @@
-"""Sampling of images at given places: GridSample in any rank, AffineGrid, RoiAlign, MaxRoiPool."""
+"""Sampling of images at given places: GridSample in any rank, RoiAlign."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 
@@ -92,11 +91,6 @@ def _cubic_weight(distance: torch.Tensor, a: float = -0.75) -> torch.Tensor:
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
     return torch.where(d <= 1, near, far)
-
-
-def affine_grid(theta: torch.Tensor, size: Sequence[int], align_corners: bool) -> torch.Tensor:
-    """Sampling grids ``[N, *spatial, r]`` of the affine maps ``theta [N, r, r + 1]``."""
-    return torch.nn.functional.affine_grid(theta, [int(s) for s in size], align_corners=align_corners)
 
 
 def roi_align(

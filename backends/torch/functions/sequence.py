@@ -34,9 +34,9 @@ def erase(items: Tensors, index: int | None) -> Tensors:
     return [*items[:place], *items[place + 1 :]]
 
 
-def length(items: Tensors) -> int:
-    """How many there are."""
-    return len(items)
+def length(items: Tensors, device: torch.device) -> torch.Tensor:
+    """How many there are, as a scalar tensor."""
+    return torch.scalar_tensor(len(items), dtype=torch.int64, device=device)
 
 
 def concatenate(items: Tensors, axis: int, new_axis: bool) -> torch.Tensor:
@@ -52,6 +52,22 @@ def split(x: torch.Tensor, parts: int | Sequence[int] | None, axis: int, keep_ax
     return list(x.split(parts if isinstance(parts, int) else list(parts), axis))
 
 
-def has_element(value: Any) -> bool:
-    """Whether an optional value is there."""
-    return value is not None
+def same(value: Any) -> Any:
+    """An optional value: what is in it, or None."""
+    return value
+
+
+def has_element(value: Any, device: torch.device) -> torch.Tensor:
+    """Whether an optional value is there, as a scalar tensor."""
+    return torch.scalar_tensor(value is not None, dtype=torch.bool, device=device)
+
+
+def element(value: Any) -> Any:
+    """What is in an optional value.
+
+    Raises:
+        ValueError: nothing is.
+    """
+    if value is None:
+        raise ValueError("an optional value is read that is not there; give the optional input")
+    return value

@@ -159,6 +159,100 @@ FAMILIES: dict[str, dict[str, str]] = {
         "Attention": "attention",
         "RotaryEmbedding": "rotary",
     },
+    # -- convolutions
+    "convolution": {
+        "Col2Im": "col2im",
+        "Conv": "conv",
+        "ConvInteger": "conv_integer",
+        "ConvTranspose": "conv_transpose",
+        "DeformConv": "deform_conv",
+        "QLinearConv": "qlinear_conv",
+    },
+    # -- pooling
+    "pooling": {
+        "AveragePool": "average_pool",
+        "GlobalAveragePool": "global_pool",
+        "GlobalLpPool": "global_pool",
+        "GlobalMaxPool": "global_pool",
+        "LRN": "local_response_norm",
+        "LpPool": "lp_pool",
+        "MaxPool": "max_pool",
+        "MaxUnpool": "max_unpool",
+    },
+    # -- gathering, scattering, searching, padding
+    "indexing": {
+        "CenterCropPad": "center_crop_pad",
+        "Compress": "compress",
+        "EyeLike": "eye_like",
+        "Gather": "gather",
+        "GatherElements": "gather_elements",
+        "GatherND": "gather_nd",
+        "NonMaxSuppression": "non_max_suppression",
+        "NonZero": "nonzero",
+        "OneHot": "one_hot",
+        "Pad": "pad",
+        "ReverseSequence": "reverse_sequence",
+        "Scatter": "scatter_elements",
+        "ScatterElements": "scatter_elements",
+        "ScatterND": "scatter_nd",
+        "TopK": "top_k",
+        "Trilu": "trilu",
+        "Unique": "unique",
+    },
+    # -- resizing and sampling of images
+    "image": {
+        "AffineGrid": "affine_grid",
+        "DepthToSpace": "depth_to_space",
+        "GridSample": "grid_sample",
+        "Resize": "resize",
+        "RoiAlign": "roi_align",
+        "SpaceToDepth": "space_to_depth",
+        "Upsample": "resize",
+    },
+    # -- codes of few bits
+    "quantization": {
+        "DequantizeLinear": "dequantize_linear",
+        "DynamicQuantizeLinear": "dynamic_quantize_linear",
+        "MatMulInteger": "matmul_integer",
+        "QLinearMatMul": "qlinear_matmul",
+        "QuantizeLinear": "quantize_linear",
+        "com.microsoft::GatherBlockQuantized": "gather_block_quantized",
+        "com.microsoft::MatMulNBits": "matmul_nbits",
+    },
+    # -- recurrent layers
+    "recurrent": {"GRU": "recurrent", "LSTM": "recurrent", "RNN": "recurrent"},
+    # -- signals
+    "audio": {
+        "BlackmanWindow": "window",
+        "DFT": "dft",
+        "HammingWindow": "window",
+        "HannWindow": "window",
+        "MelWeightMatrix": "mel_weights",
+        "STFT": "stft",
+    },
+    # -- random numbers
+    "random": {
+        "Bernoulli": "bernoulli",
+        "Multinomial": "multinomial",
+        "RandomNormal": "normal",
+        "RandomNormalLike": "normal",
+        "RandomUniform": "uniform",
+        "RandomUniformLike": "uniform",
+    },
+    # -- sequences and optional values
+    "sequence": {
+        "ConcatFromSequence": "concatenate",
+        "Optional": "optional",
+        "OptionalGetElement": "get_element",
+        "OptionalHasElement": "has_element",
+        "SequenceAt": "at",
+        "SequenceConstruct": "construct",
+        "SequenceEmpty": "construct",
+        "SequenceErase": "erase",
+        "SequenceInsert": "insert",
+        "SequenceLength": "length",
+        "SplitToSequence": "split",
+    },
     # -- If, Loop, Scan
     "control": {
         "If": "if_",

@@ -1,6 +1,7 @@
 """The arithmetic of folding: per-channel scale and shift, into weights from either side.
 
-Everything is computed in float64, whatever the model's type, and rounded once at the end.
+Everything is computed in float64, whatever the model's type, and rounded once at the end; but a weight's
+output channels are scaled in the type that training computes in (:func:`multiply_type`).
 No function here knows a graph; they take and return arrays.
 """
 
@@ -121,6 +122,29 @@ def scaled(weight: np.ndarray, factor: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         # numpy converts piece by piece here: no float64 copy of a large weight is ever made.
         np.multiply(weight, factor, out=out, casting="same_kind", dtype=np.float64)
+    return out
+
+
+def multiply_type(weight: np.dtype) -> type[np.floating]:
+    """The type in which a weight's output channels are scaled: float32, float64 for float64.
+
+    Exactly what the tune form's Mul node does on a live weight. There, a copy of every weight in double
+    would take more memory than the batch norms' activations; the second rounding moves a float32 weight
+    by at most 2^-24 of its size.
+    """
+    return np.float64 if weight == np.float64 else np.float32
+
+
+def scaled_outputs(weight: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """``weight * factor`` (broadcast) as the tune form computes it, see :func:`multiply_type`."""
+    wide = multiply_type(weight.dtype)
+    narrow = rounded(factor, np.dtype(wide))
+    if weight.dtype not in (np.float16, np.float32, np.float64):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return rounded(weight.astype(wide) * narrow, weight.dtype)
+    out = np.empty(weight.shape, weight.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.multiply(weight, narrow, out=out, casting="same_kind", dtype=wide)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -15,6 +16,7 @@ from effic.passes.fuse.lone_norm import merge_norms
 from effic.passes.fuse.pointwise import merge_pointwise
 from effic.passes.fuse.reading import NORM, Orphans, Refused, is_pass_through, read_map, refuse_broadcast
 from effic.passes.fuse.steps import Step, is_norm, steps_after, steps_before
+from effic.passes.fuse.tune_form import activation_bytes, make_live, tune_form
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,15 @@ class FuseConvBN(Pass):
     any layer, forward into convolutions (a scale before a MatMul is left, because it is most often
     the end of a layer norm that a runtime recognises whole). Batch norms in a row become one.
     A 1x1 Conv and the Conv beside it become one where that leaves fewer weights. Identity and
-    inference Dropout in between are crossed. Arithmetic is float64, rounded once.
+    inference Dropout in between are crossed. Scales and shifts are computed in float64 and rounded once;
+    a weight of up to 32 bits is scaled in float32.
+
+    mode=deploy is for inference. mode=tune is for fine-tuning: a·w and a·b + t stay in the graph as
+    arithmetic over the parameters, which keep their names, so that gradients are those of the model with
+    its norms while the convolution's output is not kept for the backward pass. Only what follows a Conv,
+    ConvTranspose, Gemm or MatMul has a tune form, and only with a norm in it; the rest is left.
+    fold-constants computes that arithmetic: it turns tune into deploy, bit for bit (a weight that several
+    layers share is copied only with max_growth). So the cleanup presets, which fold, go before it.
 
     Missed when the layer's output is read elsewhere or is a graph output, when the weight or the
     statistics are computed at run time or quantized, in training mode, when the norm is not on the
@@ -44,6 +54,9 @@ class FuseConvBN(Pass):
     name: ClassVar[str] = "fuse-conv-bn"
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
 
+    mode: Literal["deploy", "tune"] = option(
+        "deploy", help="deploy: new constants; tune: arithmetic over the live parameters, for fine-tuning"
+    )
     fold_linear: bool = option(True, help="fold into Gemm, MatMul and embedding Gather as well")
     fold_transposed: bool = option(True, help="fold into ConvTranspose as well")
     fold_bn_conv: bool = option(True, help="fold forward into the layers that read the batch norm")
@@ -60,6 +73,11 @@ class FuseConvBN(Pass):
         "keep", help="a batch norm with no layer beside it: keep it, or write it as Mul and Add"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "tune":
+            self.refuse_idle("mode=tune", "fold_bn_conv", "bn_conv_padding", "fold_pointwise", "lone_norm")
+
     def apply(self, model: Model, remarks: Remarks) -> None:
         """Rewrite ``model`` in place, leaving remarks."""
         kinds = ["Conv", *(LINEARS if self.fold_linear else ())]
@@ -69,12 +87,12 @@ class FuseConvBN(Pass):
         layers = list(model.nodes(*kinds))
         for node in layers:
             work.fold_backward(node)
-        if self.fold_bn_conv:
+        if self.fold_bn_conv and self.mode == "deploy":
             for node in layers:
                 work.fold_forward(node)
         for norm in model.nodes(NORM):
             work.settle(norm)
-        if self.fold_pointwise:
+        if self.fold_pointwise and self.mode == "deploy":
             for node in model.nodes("Conv"):
                 work.merge_convs(node)
         work.orphans.sweep()
@@ -112,7 +130,6 @@ class _Folding:
                 if is_norm(step.node):
                     self.note(step.node, f"{describe(node)}: {refusal}")
             return
-        total = AffineMap.identity(layer.outputs.channels)
         done: list[Step] = []
         maps: list[AffineMap] = []
         for step in steps:
@@ -121,10 +138,15 @@ class _Folding:
             except Refused as refusal:
                 self.note(step.node, str(refusal))
                 break
-            total = total.then(maps[-1])
             done.append(step)
-        if not done or (len(done) == 1 and total.only_shifts and isinstance(layer, MatMulLayer)):
-            return  # The last case is a MatMul with its bias, as it should be.
+        if not done:
+            return
+        total = functools.reduce(AffineMap.then, maps)
+        if len(done) == 1 and total.only_shifts and isinstance(layer, MatMulLayer):
+            return  # A MatMul with its bias, as it should be.
+        if self.options.mode == "tune":
+            self.keep_live(layer, done, maps, total)
+            return
         try:
             refuse_copy(layer, total, done)
             folded = layer.fold_outputs(total)
@@ -138,6 +160,31 @@ class _Folding:
         self.remove(done)
         for step, found in zip(done, maps, strict=True):
             self.report(step.node, found, f"folded into {describe(node)}")
+
+    def keep_live(self, layer: Layer, done: list[Step], maps: list[AffineMap], total: AffineMap) -> None:
+        """Put the scales and shifts after a layer into its weight and bias, as arithmetic over them."""
+        node = layer.node
+        if not any(is_norm(step.node) for step in done):
+            self.note(done[0].node, "tune mode leaves scales and shifts without a batch norm")
+            return
+        try:
+            layer.fold_outputs(total)  # What training starts from has to fit its type.
+            weight, bias, addend = tune_form(layer, done, self.model)
+        except Refused as refusal:
+            self.note(next(s.node for s in done if is_norm(s.node)), f"{describe(node)}: {refusal}")
+            return
+        saved = activation_bytes(node.outputs[0])
+        last = done[-1].node.outputs[0]
+        result = make_live(layer, weight, bias, addend, self.model)
+        result.type, result.shape = result.type or last.type, result.shape or last.shape
+        self.model.replace_value(last, result)
+        self.remove(done)
+        for step, found in zip(done, maps, strict=True):
+            norm = is_norm(step.node)
+            data = {"activation_bytes": saved} if norm and saved is not None else {}
+            self.report(
+                step.node, found, f"computed with the weight of {describe(node)} on every run", **data
+            )
 
     def fold_forward(self, node: ir.Node) -> None:
         """Fold the scales and shifts before ``node`` into it and all others that read them."""
@@ -243,12 +290,12 @@ class _Folding:
             for node in reversed(step.crossed):
                 self.orphans.remove_node(node)
 
-    def report(self, node: ir.Node, found: AffineMap, text: str) -> None:
+    def report(self, node: ir.Node, found: AffineMap, text: str, **data: int) -> None:
         """A passed remark with the largest scale, and a warning when that is suspicious."""
         largest = found.largest_scale
         if largest > LARGE_SCALE:
             text += f"; its largest scale is {largest:.3g}, so a channel's variance is almost zero"
-        self.remarks.passed(node, text, max_abs_scale=largest, large_scale=largest > LARGE_SCALE)
+        self.remarks.passed(node, text, max_abs_scale=largest, large_scale=largest > LARGE_SCALE, **data)
 
     def merge_convs(self, node: ir.Node) -> None:
         """Merge a convolution with the one that alone feeds it, when one of them is 1x1."""
@@ -268,6 +315,10 @@ class _Folding:
         blocked = self.blocked(norm, neighbour) if neighbour is not None else None
         reasons = [blocked, *reasons] if blocked else reasons
         alone = neighbour is None and not reasons
+        if self.options.mode == "tune":
+            text = "tune mode folds a batch norm only into the layer whose output it takes"
+            self.remarks.missed(norm, "; ".join(reasons) or text)
+            return
         try:
             merged = merge_norms(
                 norm, self.model, self.orphans, alone and self.options.lone_norm == "mul_add"

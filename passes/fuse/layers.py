@@ -24,6 +24,7 @@ from effic.passes.fuse.affine import (
     conv_transpose_output_factor,
     rounded,
     scaled,
+    scaled_outputs,
 )
 from effic.passes.fuse.reading import (
     Layout,
@@ -108,14 +109,14 @@ class Layer(abc.ABC):
             return None
         with borrow(self.weight.tensor) as array:
             weight = array.transpose(self.weight.perm)
-            return finite(scaled(weight, self.output_factor(found.scale)))
+            return finite(scaled_outputs(weight, self.output_factor(found.scale)))
 
     def shifted_bias(self, found: AffineMap) -> np.ndarray | None:
         """The bias after ``found``, or None when there is none before and after."""
         bias = self.bias()
         if bias is None and found.only_scales:
             return None
-        return self.in_dtype(found.scale * (0.0 if bias is None else bias) + found.shift)
+        return self.in_dtype(found.shift if bias is None else found.scale * bias + found.shift)
 
     def bias(self) -> np.ndarray | None:
         """The bias per output channel in float64, or None.

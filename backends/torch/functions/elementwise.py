@@ -54,14 +54,6 @@ def shift(a: Tensor, b: Tensor, left: bool) -> Tensor:
     return (moved if bits == 64 else moved & ((1 << bits) - 1)).to(a.dtype)
 
 
-def widened(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function`` on unsigned types torch does not compute in, by way of int64; bits are kept."""
-    if tensors[0].dtype not in _UNSIGNED:
-        return function(*tensors)
-    result = function(*(t.to(torch.int64) if t.dtype in _UNSIGNED else t for t in tensors))
-    return result if result.dtype == torch.bool else result.to(tensors[0].dtype)
-
-
 def hard_sigmoid(x: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.clamp(alpha * x + beta, 0, 1)
 

@@ -114,16 +114,21 @@ def hardmax(x: Tensor, axis: int) -> Tensor:
     return torch.zeros_like(x).scatter(axis, places, 1.0)
 
 
-def flat(function: Callable[[Tensor, int], Tensor], x: Tensor, axis: int) -> Tensor:
-    """The softmax family before opset 13: over everything from ``axis`` on."""
-    if axis < 0:
-        axis = axis + x.ndim
-    return function(torch.flatten(x, axis), axis).reshape(x.shape) if axis < x.ndim else x
+def flat_softmax(x: Tensor, axis: int) -> Tensor:
+    """ONNX Softmax before opset 13: over everything from ``axis`` on."""
+    return _flat(F.softmax, x, axis)
 
 
-def softmax(x: Tensor, axis: int) -> Tensor:
-    return F.softmax(x, axis)
+def flat_log_softmax(x: Tensor, axis: int) -> Tensor:
+    """ONNX LogSoftmax before opset 13."""
+    return _flat(F.log_softmax, x, axis)
 
 
-def log_softmax(x: Tensor, axis: int) -> Tensor:
-    return F.log_softmax(x, axis)
+def flat_hardmax(x: Tensor, axis: int) -> Tensor:
+    """ONNX Hardmax before opset 13."""
+    return _flat(hardmax, x, axis)
+
+
+def _flat(function: Callable[..., Tensor], x: Tensor, axis: int) -> Tensor:
+    axis = axis if axis >= 0 else axis + x.ndim
+    return function(torch.flatten(x, axis), axis).reshape(x.shape)

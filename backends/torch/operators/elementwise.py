@@ -82,9 +82,14 @@ _VARIADIC: dict[str, Callable[..., Any]] = {"Max": torch.maximum, "Min": torch.m
 
 def _apply(node: OperatorNode, graph: GraphBuilder, function: Callable[..., Any], *args: Any) -> fx.Node:
     """``function``, by way of int64 for the unsigned types torch does not compute in."""
-    if node.dtype(0) in _WIDENED:
-        return graph.call(functions.widened, function, *args)
-    return graph.call(function, *args)
+    dtype = node.dtype(0)
+    if dtype not in _WIDENED:
+        return graph.call(function, *args)
+    wide = [graph.method("to", arg, torch.int64) if isinstance(arg, fx.Node) else arg for arg in args]
+    result = graph.call(function, *wide)
+    if node.output_dtype() == ir.DataType.BOOL:
+        return result
+    return graph.method("to", result, torch_dtype(dtype))
 
 
 def unary(node: OperatorNode, graph: GraphBuilder) -> fx.Node:

@@ -89,4 +89,9 @@ def softmax(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     axis, rank = int(node.attributes.get("axis", 1)), node.rank(0)
     if rank is not None and axis in (rank - 1, -1):
         return graph.call(function, node.inputs[0], -1)
-    return graph.call(functions.flat, function, node.inputs[0], axis)
+    flat = {
+        "Softmax": functions.flat_softmax,
+        "LogSoftmax": functions.flat_log_softmax,
+        "Hardmax": functions.flat_hardmax,
+    }[node.op_type]
+    return graph.call(flat, node.inputs[0], axis)

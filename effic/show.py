@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from effic.ir.compressed import recognise_compressed, tensor_of
 from effic.ir.cost import ModelCost, NodeCost, model_cost
 from effic.ir.encodings import Encoding, stored_bytes
 from effic.ir.model import Model, PassRecord, constant_tensor
@@ -169,7 +170,7 @@ def _movers(cost: ModelCost) -> list[NodeCost]:
 
 def _is_stored(site: WeightSite) -> bool:
     # A product of two activations is a site too, for passes to refuse; it weighs nothing.
-    return site.encoding is not None or constant_tensor(site.value) is not None
+    return site.encoding is not None or tensor_of(site.value) is not None
 
 
 def _site(site: WeightSite) -> SiteRow:
@@ -179,6 +180,10 @@ def _site(site: WeightSite) -> SiteRow:
     else:
         tensor = constant_tensor(site.value)
         storage, nbytes = dtype_text(site.dtype), 0 if tensor is None else tensor.nbytes
+        if site.compressed is not None:
+            nbytes = site.compressed.nbytes
+    if site.compressed is not None:
+        storage += f", {site.compressed.describe()}"
     return SiteRow(
         name=site.name,
         kind=site.kind,
@@ -208,8 +213,12 @@ def _kernel_sites(model: Model) -> list[SiteRow]:
         lookup = node.op_type == "GatherBlockQuantized"
         places = (0, 2, 3) if lookup else (1, 2, 3)
         codes, scales, zeros = (_stored(node.inputs[i]) if i < len(node.inputs) else None for i in places)
+        compressed = None
+        if codes is None and (compressed := recognise_compressed(node.inputs[places[0]])) is not None:
+            codes = compressed.tensor()
         # Several nodes may share a weight; the first tells about it.
-        if codes is None or id(codes) in rows:
+        key = id(codes if compressed is None else compressed.value)
+        if codes is None or key in rows:
             continue
         numbers = {k: a.as_int() for k, a in node.attributes.items() if a.type == ir.AttributeType.INT}
         bits, block = numbers.get("bits", 4), numbers.get("block_size", 128)
@@ -219,13 +228,16 @@ def _kernel_sites(model: Model) -> list[SiteRow]:
         else:
             shape = numbers.get("N", 0), numbers.get("K", 0)
         nbytes = sum(t.nbytes for t in (codes, scales, zeros) if t is not None)
+        if compressed is not None:
+            nbytes += compressed.nbytes - codes.nbytes
         kind = "symmetric" if zeros is None else "asymmetric"
-        rows[id(codes)] = SiteRow(
-            name=codes.name or "",
+        rows[key] = SiteRow(
+            name=(codes.name if compressed is None else compressed.weight) or "",
             kind=node.op_type,
             shape_oi=shape,
             groups=1,
-            storage=f"{bits}-bit {kind}, blocks of {block}",
+            storage=f"{bits}-bit {kind}, blocks of {block}"
+            + ("" if compressed is None else f", {compressed.describe()}"),
             bits=8 * nbytes / max(1, shape[0] * shape[1]),
             bytes=nbytes,
             why_not="it is in the form of its kernel already",

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from effic.ir.compressed import Compressed, recognise_compressed
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor
 
@@ -87,6 +88,8 @@ class Encoding:
         shape: the weight's shape.
         outliers: exact values, or None.
         weight: name the weight had before it was encoded, where known.
+        compressed: how the codes are stored, where that is not one by one; ``codes`` are decompressed
+            whenever they are read. Does not survive :func:`build`.
     """
 
     codes: ir.TensorProtocol
@@ -98,6 +101,7 @@ class Encoding:
     shape: tuple[int, ...]
     outliers: Outliers | None = None
     weight: str | None = None
+    compressed: Compressed | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -151,7 +155,8 @@ def code_type(bits: int, symmetric: bool, opset: int) -> ir.DataType:
 
 def stored_bytes(encoding: Encoding) -> int:
     """Bytes of the constants that hold the encoding in a file."""
-    total = encoding.codes.nbytes + encoding.scales.nbytes
+    codes = encoding.codes.nbytes if encoding.compressed is None else encoding.compressed.nbytes
+    total = codes + encoding.scales.nbytes
     if encoding.zero_points is not None:
         total += -(-encoding.zero_points.size * encoding.stored_bits // 8)
     if encoding.outliers is not None:
@@ -162,7 +167,10 @@ def stored_bytes(encoding: Encoding) -> int:
 def effective_bits(encoding: Encoding) -> float:
     """Bits per weight with everything counted: codes and zero points at their true width, scales,
     outliers. What 3-bit codes waste in 4-bit storage is left out; :func:`stored_bytes` has it."""
-    total = encoding.elements * encoding.bits + encoding.scales.nbytes * 8
+    codes = encoding.elements * encoding.bits
+    if encoding.compressed is not None:
+        codes = 8 * encoding.compressed.nbytes
+    total = codes + encoding.scales.nbytes * 8
     if encoding.zero_points is not None:
         total += encoding.zero_points.size * encoding.bits
     if encoding.outliers is not None:
@@ -472,6 +480,8 @@ def _read_dequantize(node: ir.Node) -> Encoding | None:
     if any(attribute.is_ref() for attribute in node.attributes.values()) or "output_dtype" in node.attributes:
         return None
     codes = constant_tensor(node.inputs[0])
+    compressed = None if codes is not None else recognise_compressed(node.inputs[0])
+    codes = codes if compressed is None else compressed.tensor()
     scale = _constant_through_cast(node.inputs[1])
     zero = constant_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     if len(node.inputs) > 2 and node.inputs[2] is not None and zero is None:
@@ -512,6 +522,7 @@ def _read_dequantize(node: ir.Node) -> Encoding | None:
         bits=bits,
         shape=shape,
         weight=name if isinstance(name, str) and name else None,
+        compressed=compressed,
     )
 
 

@@ -37,6 +37,12 @@ PASSES: dict[str, str] = {
     "quantize-gptq": "effic.passes.quantize.quantize_gptq:QuantizeGPTQ",
     "quantize-adadim": "effic.passes.quantize.quantize_adadim:QuantizeAdaDim",
     "quantize-awq": "effic.passes.quantize.quantize_awq:QuantizeAWQ",
+    # sparsify: fewer weights
+    "prune-magnitude": "effic.passes.sparsify.prune_magnitude:PruneMagnitude",
+    "prune-wanda": "effic.passes.sparsify.prune_wanda:PruneWanda",
+    "prune-sparsegpt": "effic.passes.sparsify.prune_sparsegpt:PruneSparseGPT",
+    "apply-masks": "effic.passes.sparsify.apply_masks:ApplyMasks",
+    "compress-nm": "effic.passes.sparsify.compress_nm:CompressNM",
     # adapters: the LoRA family
     "merge-lora": "effic.passes.adapters.merge_lora:MergeLora",
     "unmerge-lora": "effic.passes.adapters.unmerge_lora:UnmergeLora",

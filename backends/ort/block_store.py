@@ -16,6 +16,7 @@ from effic.backends.ort.blocks import (
     plan,
 )
 from effic.backends.ort.scenes import EncodedInput, graph_of, put_named
+from effic.backends.ort.sparse_blocks import lookup_blocks
 from effic.ir.model import Model
 from effic.ir.tensors import SPILL_BYTES
 
@@ -30,6 +31,7 @@ class Blocks:
         scales: ``[N, blocks]``, in the weight's dtype (a Cast of fp16 values where that loses nothing).
         zero_points: packed uint8 ``[N, bytes]``, or None for the default, ``2 ** (bits - 1)``.
         zeros: the same unpacked, one per byte.
+        decompressed: whether the runtime makes the codes when it loads the file, from a 2:4 weight.
     """
 
     layout: Layout
@@ -37,6 +39,7 @@ class Blocks:
     scales: ir.Value
     zero_points: ir.Value | None
     zeros: np.ndarray | None
+    decompressed: bool = False
 
 
 class BlockStore:
@@ -67,18 +70,21 @@ class BlockStore:
         graph = graph_of(before)
         name = weight.name
         again = self._known.get((id(weight.value), k_axis, 1.0))
+        zeros = block_zero_points(encoding, layout)
+        spread = None if isinstance(again, Blocks) else lookup_blocks(model, weight, layout, zeros)
         if isinstance(again, Blocks):
             codes = again.codes
+        elif spread is not None:
+            codes = spread
         else:
             codes = model.add_initializer(graph, f"{name}.blocks", _tensor(encoding.codes, layout))
         scales = add_scales(
             model, before, name, block_scales(encoding, layout) * encoding.scales.dtype.type(factor)
         )
-        zeros = block_zero_points(encoding, layout)
         points = None
         if zeros is not None:
             points = model.add_initializer(graph, f"{name}.block_zero_points", pack_rows(zeros, layout.bits))
-        return Blocks(layout, codes, scales, points, zeros)
+        return Blocks(layout, codes, scales, points, zeros, codes.producer() is not None)
 
 
 def _tensor(codes: ir.TensorProtocol, layout: Layout) -> ir.TensorProtocol:

@@ -17,8 +17,9 @@ from effic.backends.ort.scenes import (
     statically_quantized,
     take_over,
 )
+from effic.ir.compressed import tensor_of
 from effic.ir.encodings import Encoding, recognise
-from effic.ir.model import Model, constant_tensor
+from effic.ir.model import Model
 from effic.passes.base import Numerics, Pass, Remarks, option
 
 _DECODED = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}
@@ -81,7 +82,7 @@ def runtime_dequantized(model: Model) -> list[ir.Node]:
     """
     found = []
     for node in model.nodes("DequantizeLinear"):
-        codes = constant_tensor(node.inputs[0])
+        codes = tensor_of(node.inputs[0])
         if codes is None or codes.dtype == ir.DataType.INT32:
             # int32 constants are the biases of statically quantized operators.
             continue

@@ -114,7 +114,10 @@ def _lower_matmul(
     chain = [read.producer()] if read is not None else []
     take_over(model, node, result)
     remove_unread([step for step in chain if step is not None])
-    remarks.passed(new, _outcome(weight.encoding, layout, store.level), **dataclasses.asdict(layout))
+    text = _outcome(weight.encoding, layout, store.level)
+    if blocks.decompressed:
+        text += "; 2:4, decompressed when the file is loaded: 3 bits per weight there, 4 in memory"
+    remarks.passed(new, text, **dataclasses.asdict(layout))
 
 
 def _outcome(encoding: Encoding, layout: Layout, level: int) -> str:

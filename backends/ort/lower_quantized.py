@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from effic.backends.ort.scenes import put_named
 from effic.backends.ort.space_to_depth import spread_strides
+from effic.ir.compressed import tensor_of
 from effic.ir.encodings import recognise
-from effic.ir.model import Model, constant_array, constant_tensor, sole_consumer
+from effic.ir.model import Model, constant_array, sole_consumer
 from effic.passes.base import Numerics, Pass, Remarks
 from effic.passes.cleanup.scopes import prune
 
@@ -47,7 +48,7 @@ def _pad_codes(model: Model, pad: ir.Node, remarks: Remarks) -> None:
     after = sole_consumer(pad.outputs[0])
     if before is None or before.op_type != "DequantizeLinear" or after is None:
         return
-    if after.op_type != "QuantizeLinear" or constant_tensor(before.inputs[0]) is not None:
+    if after.op_type != "QuantizeLinear" or tensor_of(before.inputs[0]) is not None:
         return
     scale, zero = _parameters(before)
     if (

@@ -6,9 +6,10 @@ import dataclasses
 
 import onnx_ir as ir
 
+from effic.ir.compressed import tensor_of
 from effic.ir.encodings import ENCODING_KEY, Encoding, encoding_nodes, recognise
 from effic.ir.errors import UnsupportedError
-from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor, describe
+from effic.ir.model import ONNX_DOMAINS, Model, describe
 
 MICROSOFT = "com.microsoft"
 
@@ -79,7 +80,7 @@ def statically_quantized(node: ir.Node) -> bool:
         if (
             producer is not None
             and producer.op_type == "DequantizeLinear"
-            and constant_tensor(producer.inputs[0]) is None
+            and tensor_of(producer.inputs[0]) is None
         ):
             return True
     readers = [use.node for output in node.outputs for use in output.uses()]
@@ -176,4 +177,6 @@ def copy_note(source: ir.Node, target: ir.Node) -> None:
 
 def _is_decoding(node: ir.Node) -> bool:
     steps = ("Constant", "DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "ScatterElements")
+    # What decompresses sparse weights.
+    steps += ("BitwiseXor", "Slice", "Gather", "Expand", "Mul", "Add")
     return node.domain in ONNX_DOMAINS and node.op_type in steps

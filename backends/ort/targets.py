@@ -9,6 +9,12 @@ from typing import ClassVar, Literal
 from effic.backends.base import Backend
 from effic.backends.ort.artifact import OrtArtifact
 from effic.backends.ort.decode_at_load import DecodeAtLoad
+from effic.backends.ort.lower_compressed import (
+    LowerCompressed,
+    names_compressed,
+    say_lost,
+    say_no_faster,
+)
 from effic.backends.ort.lower_dynamic import LowerDynamic
 from effic.backends.ort.lower_encodings import LowerEncodings
 from effic.backends.ort.lower_input_groups import LowerInputGroups
@@ -25,6 +31,11 @@ def _remarks_of(step: Pass, model: Model, remarks: Remarks) -> int:
     return len(remarks.items) - before
 
 
+def _idle_dense(remarks: Remarks) -> set[str]:
+    remarks.missed("the model", "nm=dense does nothing: no weight is compressed")
+    return set()
+
+
 @dataclass(frozen=True)
 class Portable(Backend):
     """Standard ONNX only, as the passes leave it: any ONNX tool runs it, none of them fast.
@@ -36,6 +47,7 @@ class Portable(Backend):
     name: ClassVar[str] = "portable"
 
     def lower(self, model: Model, remarks: Remarks) -> Model:
+        say_no_faster(model, remarks)
         return model
 
     def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> OrtArtifact:
@@ -72,7 +84,18 @@ class OrtCpu(Backend):
         "rows (16 rows and more), put in 8 bits with the rest, or put in their places at load",
     )
 
+    nm: Literal["load", "dense"] = option(
+        "load",
+        help="weights of compress-nm: decompressed when the file is loaded (small file, more memory then), or "
+        "stored dense",
+    )
+
     def lower(self, model: Model, remarks: Remarks) -> Model:
+        say_no_faster(model, remarks)
+        stored = names_compressed(model)
+        LowerCompressed(form=self.nm).apply(model, remarks)
+        if self.nm == "dense":
+            stored = set() if stored else _idle_dense(remarks)
         LowerDynamic().apply(model, remarks)
         # A weight that is decoded at every call is never faster.
         groups = LowerInputGroups(
@@ -84,6 +107,7 @@ class OrtCpu(Backend):
         kept = _remarks_of(outliers, model, remarks)
         LowerEncodings(accuracy_level=self.accuracy_level).apply(model, remarks)
         decoded = _remarks_of(DecodeAtLoad(when=self.decode), model, remarks)
+        say_lost(stored, model, remarks)
         if self.ic != "split" and not grouped:
             remarks.missed("the model", f"ic={self.ic} does nothing: no weight has groups per input channel")
         if self.outliers != "auto" and not kept:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from effic.ir.compressed import tensor_of
 from effic.ir.model import Model, constant_tensor, describe
 from effic.ir.tensors import borrow
 from effic.passes.base import Numerics, Pass, Remarks
@@ -94,11 +95,7 @@ class _Merger:
             del self.seen[key]
 
     def _why_not(self, node: ir.Node, graph: ir.Graph) -> str | None:
-        if (
-            node.op_type == "DequantizeLinear"
-            and is_standard(node)
-            and constant_tensor(node.inputs[0]) is not None
-        ):
+        if node.op_type == "DequantizeLinear" and is_standard(node) and tensor_of(node.inputs[0]) is not None:
             return "an encoded weight is fused by runtimes into its one reader"
         return why_impure(node, self.by_graph[graph].opset, self.impure)
 

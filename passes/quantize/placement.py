@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from effic.ir.compressed import tensor_of
 from effic.ir.model import ONNX_DOMAINS, Model, constant_array, constant_tensor, describe, sole_consumer
 from effic.ir.topology import read_values
 from effic.ir.weights import WeightSite, WeightUse, weight_sites
@@ -207,7 +208,7 @@ def _is_quantized(site: WeightSite) -> bool:
 def is_dequantized(value: ir.Value | None) -> bool:
     """Whether a value is an activation that comes out of a DequantizeLinear."""
     node = value.producer() if value is not None else None
-    return node is not None and node.op_type == "DequantizeLinear" and constant_tensor(node.inputs[0]) is None
+    return node is not None and node.op_type == "DequantizeLinear" and tensor_of(node.inputs[0]) is None
 
 
 def _norm_after(node: ir.Node) -> ir.Node | None:

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from effic.ir.errors import UsageError
 from effic.ir.sparsity import Pattern
 
 # Up to this many weights in a group every pair is compared, in whole tensors; beyond it, groups are sorted.
 _LONGEST_RANKED = 16
-
-MAX_CANDIDATES = 256
-"""Patterns a group may choose from, so that a choice is one byte: 4:8 has 70, 5:10 has 252."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +97,3 @@ def _largest(groups: Tensor, n: int) -> Tensor:
         ranks[i] = ranks[i] - wins
         ranks[j] = ranks[j] + wins
     return torch.stack([torch.as_tensor(rank) < n for rank in ranks], -1)
-
-
-def candidates(pattern: Pattern) -> Tensor:
-    """All masks of one group: float ``[C(m, n), m]``, for 2:4 1100, 1010, 1001, 0110, 0101, 0011.
-
-    Raises:
-        UsageError: there are more than :data:`MAX_CANDIDATES`.
-    """
-    count = math.comb(pattern.m, pattern.n)
-    if count > MAX_CANDIDATES:
-        raise UsageError(
-            f"a group of {pattern} has {count:,} masks to choose from, and at most {MAX_CANDIDATES} can be "
-            "learned; take a smaller pattern such as 2:4 or 4:8"
-        )
-    found = torch.zeros(count, pattern.m)
-    for row, kept in enumerate(itertools.combinations(range(pattern.m), pattern.n)):
-        found[row, list(kept)] = 1
-    return found

@@ -20,7 +20,7 @@ from effic.backends.torch.sparse_training.schedules import (
     mask_decay,
     stepwise,
 )
-from effic.backends.torch.sparse_training.training import Overrides, SparseTraining
+from effic.backends.torch.sparse_training.training import Ends, Overrides, SparseTraining
 from effic.backends.torch.sparse_training.weights import Weight
 from effic.ir.errors import UsageError
 from effic.ir.sparsity import Pattern
@@ -58,12 +58,13 @@ class Recipe:
         *,
         skip: Sequence[str] = (),
         overrides: Overrides | None = None,
-        ends: bool = False,
+        first_conv: bool = False,
+        head: bool = False,
     ) -> SparseTraining:
         """Put masks on the weights of a module.
 
         Weights of linear layers, matrix products and convolutions are taken, except those of embeddings,
-        of the first convolution and the last linear layer, of depthwise convolutions, and those with
+        of the first convolution and a language model's head, of depthwise convolutions, and those with
         fewer input channels than a group has weights. ``skipped`` of what is handed back has the reasons.
 
         Args:
@@ -71,12 +72,14 @@ class Recipe:
             skip: names of weights, as in the state dict, to leave alone; ``*`` and ``?`` as in file names.
             overrides: other patterns (``"1:4"``; None to skip) by names written the same way; the first
                 match counts.
-            ends: take the first convolution and the last linear layer as well.
+            first_conv: take the convolution that sees the input as well.
+            head: take the layer that scores a language model's vocabulary as well.
 
         Raises:
             UsageError: the module already has a recipe, or a name matches nothing.
             UnsupportedError: no weight can be pruned; the text says why.
         """
+        ends = Ends(first_conv, head)
         return SparseTraining(self, module, skip=skip, overrides=overrides or {}, ends=ends)
 
     # -- what a recipe may decide, called by SparseTraining ---------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from effic.backends.torch.sparse_training.parametrization import (
 from effic.backends.torch.sparse_training.schedules import Clock
 from effic.backends.torch.sparse_training.weights import Weight, weights
 from effic.ir.errors import CheckFailedError, UnsupportedError, UsageError
+from effic.ir.mask_files import MAX_CANDIDATES, Grouping, write_masks
 from effic.ir.model import Model
 from effic.ir.sparsity import Pattern, along_groups, declare, violations
 from effic.ir.weights import weight_sites
@@ -28,6 +31,19 @@ if TYPE_CHECKING:
     from effic.backends.torch.sparse_training.recipes import Recipe
 
 Overrides = Mapping[str, str | Pattern | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """Whether the layers at a network's ends are taken, which usually stay dense.
+
+    Attributes:
+        first_conv: the convolution that sees the input itself.
+        head: the linear layer that scores a language model's vocabulary.
+    """
+
+    first_conv: bool = False
+    head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +112,7 @@ class SparseTraining:
     """
 
     def __init__(
-        self, recipe: Recipe, module: nn.Module, *, skip: Sequence[str], overrides: Overrides, ends: bool
+        self, recipe: Recipe, module: nn.Module, *, skip: Sequence[str], overrides: Overrides, ends: Ends
     ) -> None:
         if any(True for _ in _masks(module)):
             raise UsageError("the module already has a recipe; call finish() on that one first")
@@ -161,6 +177,21 @@ class SparseTraining:
             if key in names
         }  # fmt: skip
 
+    def save_masks(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks as they would be baked now, one byte per group, to ``.npz`` or ``.safetensors``.
+
+        Raises:
+            UsageError: another ending, or the recipe is finished.
+        """
+        layouts = {key: mask for key, (_, mask) in masked_places(self.module).items()}
+        masks = {name: mask.cpu().numpy() for name, mask in self.masks().items()}
+        groupings = {
+            name: Grouping(layouts[name].pattern, layouts[name].layout.axis, layouts[name].layout.blocks)
+            for name in masks
+            if math.comb(layouts[name].pattern.m, layouts[name].pattern.n) <= MAX_CANDIDATES
+        }
+        write_masks(path, masks, groupings)
+
     def finish(self) -> Finished:
         """Set pruned weights to zero and take the masks off; the module is a plain one again.
 
@@ -173,10 +204,24 @@ class SparseTraining:
         """
         self._refuse_finished("finish()")
         finished = finish(self.module)
+        self._close()
+        return finished
+
+    def abandon(self) -> None:
+        """Take the masks off and leave the weights as they are now.
+
+        Raises:
+            UsageError: finished before.
+        """
+        self._refuse_finished("abandon()")
+        for place, _ in masked_places(self.module).values():
+            take_off(place)
+        self._close()
+
+    def _close(self) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._finished = True
-        return finished
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the module's and the optimizer's state."""
@@ -261,7 +306,7 @@ def _masks(module: nn.Module) -> Iterator[Mask]:
 
 
 def _choose(
-    recipe: Recipe, module: nn.Module, skip: Sequence[str], overrides: Overrides, ends: bool
+    recipe: Recipe, module: nn.Module, skip: Sequence[str], overrides: Overrides, ends: Ends
 ) -> tuple[list[tuple[Weight, Pattern]], dict[str, str]]:
     found = weights(module)
     unmatched = [p for p in (*skip, *overrides) if not any(_matches(p, w.name) for w in found)]
@@ -270,13 +315,15 @@ def _choose(
             f"'{unmatched[0]}' matches no weight of the module; they are called "
             f"{', '.join(w.name for w in found[:4])}{' …' if len(found) > 4 else ''}"
         )
-    first, last = (None, None) if ends else _ends(found)
+    first, head = _ends(module, found)
     chosen: list[tuple[Weight, Pattern]] = []
     skipped: dict[str, str] = {}
     for weight in found:
         override = next((o for p, o in overrides.items() if _matches(p, weight.name)), recipe.pattern)
         pattern = Pattern.parse(override) if isinstance(override, str) else override
-        if reason := _why_not(recipe, weight, pattern, skip, first, last):
+        if reason := _why_not(
+            recipe, weight, pattern, skip, None if ends.first_conv else first, None if ends.head else head
+        ):
             skipped[weight.name] = reason
         elif pattern is not None:
             chosen.append((weight, pattern))
@@ -288,7 +335,7 @@ def _choose(
 
 def _why_not(
     recipe: Recipe, weight: Weight, pattern: Pattern | None, skip: Sequence[str],
-    first: Weight | None, last: Weight | None,
+    first: Weight | None, head: Weight | None,
 ) -> str | None:  # fmt: skip
     if pattern is None or any(_matches(p, weight.name) for p in skip):
         return "is to be skipped"
@@ -300,19 +347,23 @@ def _why_not(
     if length < pattern.m:
         return f"has {length} input channels, fewer than a group of {pattern}"
     if weight is first:
-        return "is the first convolution; ends=True takes it as well"
-    if weight is last:
-        return "is the last linear layer; ends=True takes it as well"
+        return "is the first convolution, which sees the input itself; ask for it with first_conv=True"
+    if weight is head:
+        return "scores the vocabulary (the head); ask for it with head=True"
     return recipe.why_not(weight, pattern)
 
 
-def _ends(found: Sequence[Weight]) -> tuple[Weight | None, Weight | None]:
-    """The first convolution and the last linear layer, unless there is nothing but them."""
-    convolutions = [w for w in found if w.kind == "Conv"]
-    linears = [w for w in found if w.kind == "Linear"]
-    first, last = (convolutions or [None])[0], (linears or [None])[-1]
-    if all(w in (first, last) for w in (*convolutions, *linears)):
-        return None, None
+def _ends(module: nn.Module, found: Sequence[Weight]) -> tuple[Weight | None, Weight | None]:
+    """The first convolution, unless it is the only layer, and the head of a language model.
+
+    A head is the last linear layer where it has as many outputs as an embedding has rows.
+    """
+    layers = [w for w in found if w.kind is not None]
+    first = next((w for w in layers if w.kind == "Conv"), None) if len(layers) > 1 else None
+    last = next((w for w in reversed(layers) if w.kind == "Linear"), None)
+    tables = {w.tensor.shape[0] for w in found if w.table}
+    if last is not None and last.why_not is None and last.layout.turned.length(last.tensor) not in tables:
+        last = None
     return first, last
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -24,6 +25,8 @@ Kind = Literal["Linear", "Conv", "ConvTranspose"]
 
 LINEAR = Layout(1)
 MATMUL = Layout(0, out_axis=1)
+
+EMBEDDING = "is an embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Weight:
         layout: how it lies.
         plain: read as the ``weight`` argument of a linear, matrix product or convolution and of nothing
             that hides these (multi-head attention does).
+        table: read by an embedding, too or only.
         why_not: why it cannot be pruned, as a phrase, or None.
     """
 
@@ -55,6 +59,7 @@ class Weight:
     kind: Kind | None
     layout: Layout
     plain: bool = True
+    table: bool = False
     why_not: str | None = None
 
 
@@ -71,8 +76,8 @@ class _Reader:
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OTHERS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Embedding, "is an embedding"),
-    (nn.EmbeddingBag, "is an embedding"),
+    (nn.Embedding, EMBEDDING),
+    (nn.EmbeddingBag, EMBEDDING),
     (nn.RNNBase, "is a recurrent weight, which torch reads past any parametrization"),
     (nn.RNNCellBase, "is a recurrent weight, which is not pruned here"),
     (nn.Bilinear, "is a bilinear form"),
@@ -110,7 +115,7 @@ def weights(module: nn.Module) -> list[Weight]:
             why = "is read by no linear layer, convolution or matrix product that is known here"
             if ".original" in name and "parametrizations." in name:
                 why = "is parametrized already"
-            made.append(Weight(name, parameter, (), None, LINEAR, False, why))
+            made.append(Weight(name, parameter, (), None, LINEAR, plain=False, why_not=why))
     return made
 
 
@@ -126,7 +131,8 @@ def _weight(name: str, tensor: Tensor, places: tuple[Place, ...], readers: list[
             why_not = "is read along two different axes"
     plain = all(r.plain for r in readers)
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
-    return Weight(name, parameter, places, first.kind, first.layout, plain, why_not)
+    table = any(r.why_not == EMBEDDING for r in readers)
+    return Weight(name, parameter, places, first.kind, first.layout, plain, table, why_not)
 
 
 def _readers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, _Reader]]:
@@ -138,7 +144,9 @@ def _readers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, _Reade
         elif isinstance(owner, _TRANSPOSED):
             yield from _own(owner, _Reader("ConvTranspose", Layout(0, owner.groups, 1, 1)), "weight")
         elif isinstance(owner, nn.Linear):
-            yield from _own(owner, _Reader("Linear"), "weight")
+            # Attention reads the weight of this class itself.
+            plain = not isinstance(owner, NonDynamicallyQuantizableLinear)
+            yield from _own(owner, _Reader("Linear", plain=plain), "weight")
         elif isinstance(owner, nn.MultiheadAttention):
             yield from _own(owner, _Reader("Linear", plain=False), *_ATTENTION)
         else:
@@ -185,7 +193,6 @@ _TABLES: set[Any] = {
     operator.getitem,
     torch.ops.aten.embedding.default,
     indexing.gather,
-    indexing.pick,
 }
 _METHODS = {"matmul": torch.matmul, "mm": torch.mm, "__matmul__": torch.matmul}
 
@@ -246,7 +253,7 @@ def _use(user: fx.Node, weight: fx.Node, rank: int) -> _Reader:
         if target is convolution.conv_transpose and index == 1:
             return _Reader("ConvTranspose", Layout(0, int(str(user.kwargs["group"])), 1, 1), plain=False)
         if target in _TABLES:
-            return _Reader(None, plain=False, why_not="is an embedding")
+            return _Reader(None, plain=False, why_not=EMBEDDING)
     name = getattr(target, "__name__", None) or str(user.target)
     return _Reader(None, plain=False, why_not=f"is read by '{name}'")
 

@@ -38,18 +38,16 @@ _METRIC = (
     ),
     click.option("--bound", type=float, metavar="X", help="The worst score allowed."),
 )
-_LOOP = (
-    click.option(
-        "--max-drop",
-        type=float,
-        metavar="X",
-        help="How much worse than the original it may score: points of per cent, or per cent of a perplexity.",
-    ),
-    click.option(
-        "--on-drop",
-        type=click.Choice(["rollback", "fail"]),
-        help="What happens to a pass that costs more: it is undone (default), or the run fails.",
-    ),
+_MAX_DROP = click.option(
+    "--max-drop",
+    type=float,
+    metavar="X",
+    help="How much worse than the original it may score: points of per cent, or per cent of a perplexity.",
+)
+_ON_DROP = click.option(
+    "--on-drop",
+    type=click.Choice(["rollback", "fail"]),
+    help="What happens to a pass that costs more: it is undone (default), or the run fails.",
 )
 
 
@@ -62,9 +60,12 @@ def metric_options(command: F) -> F:
 
 def accuracy_options(command: F) -> F:
     """The same, and how much may be lost."""
-    for option in reversed((*_METRIC, *_LOOP)):
-        command = option(command)
-    return command
+    return metric_options(_MAX_DROP(command))
+
+
+def loop_options(command: F) -> F:
+    """The same, and what happens to a pass that costs too much."""
+    return accuracy_options(_ON_DROP(command))
 
 
 def accuracy(given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Accuracy | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from effic.cli import console
-from effic.cli.accuracy import accuracy, metric_options, print_accuracy
+from effic.cli.accuracy import accuracy, accuracy_options, print_accuracy
 
 if TYPE_CHECKING:
     from effic.compare import Comparison
@@ -36,13 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--min-top1", type=float, metavar="X", help="Fail when fewer top entries agree than this share (0 to 1)."
 )
-@metric_options
-@click.option(
-    "--max-drop",
-    type=float,
-    metavar="X",
-    help="Fail when B scores worse than A by more: points, or per cent.",
-)
+@accuracy_options
 @click.option("--json", "as_json", is_flag=True, help="Print the distances as JSON.")
 def compare(
     a: str,

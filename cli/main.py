@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "passes": ("effic.cli.passes:passes", "List all passes, and the presets with the reason for each line."),
     "explain": ("effic.cli.explain:explain", "What one pass does, and its options."),
     "compare": ("effic.cli.compare:compare", "How far apart two models' outputs are on the same inputs."),
+    "bisect": ("effic.cli.bisect:bisect", "Find the pass, and its site, that breaks a model."),
     "bench": ("effic.cli.bench:bench", "Time a model, or one against another."),
     "capture": ("effic.cli.capture:capture", "Turn a torch module into an ONNX file (runs your code)."),
     "extract-lora": ("effic.cli.extract_lora:extract_lora", "What fine-tuning changed, as a LoRA adapter."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from effic.cli import console
-from effic.cli.accuracy import accuracy, accuracy_options, print_accuracy
+from effic.cli.accuracy import accuracy, loop_options, print_accuracy
 
 if TYPE_CHECKING:
     from effic.ir.model import Model
@@ -46,6 +47,9 @@ REASONS = 8
 @click.option("--calib-samples", type=int, metavar="N", help="Samples of it to use.  [default: 128]")
 @click.option("--calib-window", type=int, metavar="N", help="Tokens of a sample, when it is token ids.")
 @click.option(
+    "--lora-map", metavar="FILE", help="Lines PATH = NAME for merge-lora, where the file renamed weights."
+)
+@click.option(
     "--seed", type=int, help="Seed of the made-up inputs, and of the choice of samples.  [default: 0]"
 )
 @click.option(
@@ -53,7 +57,7 @@ REASONS = 8
     type=click.Choice(["each", "final", "off"]),
     help="Check the numbers after each pass (default), at the end, or never.",
 )
-@accuracy_options
+@loop_options
 @click.option("--require-change", is_flag=True, help="Fail (exit code 1) when a pass changes nothing.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write the output.")
 @click.option(
@@ -83,6 +87,7 @@ def optimize(
     calib: str | None,
     calib_samples: int | None,
     calib_window: int | None,
+    lora_map: str | None,
     seed: int | None,
     check: str | None,
     require_change: bool,
@@ -133,6 +138,8 @@ def optimize(
         raise UsageError("--seed does nothing here: no inputs are made up, no samples chosen; leave it out")
     options["accuracy"] = accuracy(scoring, options.get("accuracy"))
     _lower(options, lower)
+    if lora_map is not None:
+        options["passes"] = _mapped(options["passes"], lora_map)
     if require_change:
         options["require_change"] = True
     _known(print_after, options["passes"])
@@ -175,6 +182,19 @@ def _choose(passes: str | None, preset: str | None, recipe: str | None) -> dict[
     if recipe is not None:
         return read_recipe(recipe)
     return {"passes": parse_passes(passes if passes is not None else find(preset or "default").text)}
+
+
+def _mapped(passes: list[Pass], path: str) -> list[Pass]:
+    """The passes, with the map file given to each merge-lora among them."""
+    from effic.ir.errors import UsageError
+    from effic.passes.adapters.merge_lora import MergeLora
+
+    mapped = [item for item in passes if isinstance(item, MergeLora)]
+    if not mapped:
+        raise UsageError("--lora-map does nothing without merge-lora among the passes; leave it out")
+    if named := next((item.map for item in mapped if item.map), None):
+        raise UsageError(f"merge-lora has a map already, map={named}; give one of the two")
+    return [dataclasses.replace(item, map=path) if isinstance(item, MergeLora) else item for item in passes]
 
 
 def _lower(options: dict[str, Any], lower: tuple[str, ...]) -> None:

@@ -14,11 +14,13 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from effic import sparse_training as sparse_training
     from effic.adapter_feeds import adapter_feeds as adapter_feeds
     from effic.backends.ort.artifact import OrtArtifact as OrtArtifact
     from effic.backends.torch.read_back import read_back as read_back
     from effic.backends.torch.to_module import to_module as to_module
     from effic.bench import bench as bench
+    from effic.bisect import bisect as bisect
     from effic.compare import compare as compare
     from effic.extract_lora import extract_lora as extract_lora
     from effic.gate import gate as gate
@@ -50,6 +52,7 @@ _EXPORTS = {
     "Report": "effic.optimize",
     "adapter_feeds": "effic.adapter_feeds",
     "bench": "effic.bench",
+    "bisect": "effic.bisect",
     "capture": "effic.ir.torch_capture",
     "compare": "effic.compare",
     "extract_lora": "effic.extract_lora",
@@ -64,7 +67,9 @@ _EXPORTS = {
     "to_module": "effic.backends.torch.to_module",
 }
 
-__all__ = sorted(_EXPORTS)
+_MODULES = ("sparse_training",)
+
+__all__ = sorted([*_EXPORTS, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
@@ -72,6 +77,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("effic")
+    if name in _MODULES:
+        return importlib.import_module(f"effic.{name}")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'effic' has no attribute '{name}'")

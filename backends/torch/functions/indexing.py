@@ -204,6 +204,13 @@ def pad(
     return x
 
 
+def pad_by_list(
+    x: torch.Tensor, pads: Sequence[int], axes: Sequence[int], mode: str, value: Any = 0
+) -> torch.Tensor:
+    """:func:`pad` with all befores and then all afters in one list."""
+    return pad(x, pads[: len(axes)], pads[len(axes) :], axes, mode, value)
+
+
 def depth_to_space(x: torch.Tensor, block: int) -> torch.Tensor:
     """Channels to blocks of pixels, ``[N, C, H, W] -> [N, C/b², H·b, W·b]``; the block's place comes first (DCR)."""
     n, c, h, w = x.shape
@@ -212,7 +219,7 @@ def depth_to_space(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def space_to_depth(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Blocks of pixels to channels, ``[N, C, H, W] -> [N, C·b², H/b, W/b]``; the block's place comes first."""
+    """Blocks of pixels to channels, ``[N, C, H, W] -> [N, C·b², H/b, W/b]``; the block's place comes first (DCR)."""
     n, c, h, w = x.shape
     parts = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
     return parts.reshape(n, c * block * block, h // block, w // block)

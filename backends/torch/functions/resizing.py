@@ -98,7 +98,7 @@ def taps(
     else:
         weights = (1 - distance.abs()).clamp(min=0)
     inside = (around >= 0) & (around <= size - 1)
-    if exclude_outside or (antialias and mode == "linear"):
+    if exclude_outside:
         weights = torch.where(inside, weights, torch.zeros_like(weights))
     if exclude_outside or antialias:
         weights = weights / weights.sum(1, keepdim=True)

@@ -172,11 +172,10 @@ def qlinear_conv(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
 
 def col2im(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     image, block = graph.sizes(node, 1), graph.sizes(node, 2)
-    if not isinstance(block, list):
-        node.refuse("has a block whose size is computed from values")
-    spatial = len(block)
+    shape = node.shape(2)
+    spatial = shape[0] if shape else None
     if spatial not in functions.TRANSPOSED:
-        node.refuse(f"works on {spatial} axes; torch does on one to three")
+        node.refuse("works on a number of axes that is not known, or not one to three")
     return graph.call(
         functions.col2im,
         tensor(node, 0),

@@ -147,4 +147,6 @@ def depth_to_space(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
 
 
 def space_to_depth(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
+    if node.attributes.get("mode", "DCR") == "CRD" and rank(node, 0) == 4:
+        return graph.call(F.pixel_unshuffle, tensor(node, 0), int(node.attributes["blocksize"]))
     return graph.call(indexing.space_to_depth, tensor(node, 0), int(node.attributes["blocksize"]))

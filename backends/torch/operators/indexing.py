@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
@@ -111,13 +109,11 @@ def pad(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
         if node.value(2) is not None and mode == "constant":
             found = node.constant(2)
             value = tensor(node, 2) if found is None else found.reshape(-1)[0].item()
-    if not isinstance(axes, list) or any(isinstance(axis, fx.Node) for axis in axes):
-        node.refuse("pads axes that are computed")
+    if isinstance(pads, fx.Node) or not isinstance(axes, list):
+        return graph.call(functions.pad_by_list, x, pads, axes, mode, value)
     known = [int(axis) % size for axis in axes if not isinstance(axis, fx.Node)]
-    if isinstance(pads, fx.Node):
-        halves = [slice(0, len(known)), slice(len(known), None)]
-        before, after = (graph.call(operator.getitem, pads, half) for half in halves)
-        return graph.call(functions.pad, x, before, after, known, mode, value)
+    if len(known) != len(axes):
+        return graph.call(functions.pad_by_list, x, pads, axes, mode, value)
     starts, ends = pads[: len(known)], pads[len(known) :]
     if mode == "constant" and not isinstance(value, fx.Node) and node.dtype(0) != ir.DataType.BOOL:
         pairs = dict(zip(known, zip(starts, ends, strict=True), strict=True))

@@ -136,3 +136,11 @@ def cast_float8(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
 
 def cast_like(x: Tensor, like: Tensor) -> Tensor:
     return cast(x, like.dtype)
+
+
+def dropout(x: Tensor, ratio: Tensor | float, training: Tensor | bool) -> tuple[Tensor, Tensor]:
+    """ONNX Dropout: the result and what was kept. Drops only where the model's own flag says so."""
+    if not bool(training) or float(ratio) == 0.0:
+        return x, torch.ones_like(x, dtype=torch.bool)
+    kept = torch.rand_like(x) >= ratio
+    return torch.where(kept, x / (1 - ratio), torch.zeros_like(x)), kept

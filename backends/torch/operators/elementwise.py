@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -226,22 +227,19 @@ def identity(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
 def dropout(node: OperatorNode, graph: GraphBuilder) -> tuple[fx.Node | None, ...]:
     """Passes everything on; drops only where the node itself says that it trains."""
     x = node.inputs[0]
-    training = node.opset >= 12 and node.input(2) is not None
-    if training:
-        flag = node.constant(2)
-        if flag is None:
-            node.refuse("computes whether it drops; make the training flag a constant")
-        training = bool(flag.reshape(-1)[0])
-    if training:
-        ratio = node.constant(1)
-        rate = 0.5 if node.input(1) is None else None if ratio is None else float(ratio.reshape(-1)[0])
-        if rate is None:
-            node.refuse("computes its ratio; make it a constant")
-        if rate:
-            kept = graph.call(torch.rand_like, x)
-            mask = graph.call(torch.ge, kept, rate)
-            scaled = graph.call(torch.mul, x, 1 / (1 - rate))
-            return graph.call(torch.mul, scaled, mask), mask
+    if node.opset >= 12 and node.input(2) is not None:
+        flag, ratio = node.constant(2), node.constant(1)
+        if flag is None or bool(flag.reshape(-1)[0]):
+            rate = (
+                0.5
+                if node.input(1) is None
+                else node.inputs[1]
+                if ratio is None
+                else ratio.reshape(-1)[0].item()
+            )
+            training = node.inputs[2] if flag is None else True
+            made = graph.call(functions.dropout, x, rate, training)
+            return tuple(graph.call(operator.getitem, made, i) for i in range(len(node.node.outputs)))
     mask_used = len(node.outputs_used) > 1 and node.outputs_used[1]
     mask = graph.call(torch.ones_like, x, dtype=torch.bool) if mask_used else None
     return x, mask

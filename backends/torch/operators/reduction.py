@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -44,12 +45,24 @@ def reduce(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
         if node.attributes.get("noop_with_empty_axes", 0):
             # The reduction of each element by itself.
             return {"ReduceL1": graph.call(torch.abs, x)}.get(node.op_type, _each(node, graph, x))
-    dtype = node.dtype(0)
-    rank = node.rank(0)
+    if isinstance(axes, fx.Node) and node.attributes.get("noop_with_empty_axes", 0):
+        node.refuse("computes its axes, and does nothing when there are none; make them a constant")
     plain = {"ReduceMean": torch.mean, "ReduceSum": torch.sum}.get(node.op_type)
-    if plain is not None and axes and dtype is not None and dtype.is_floating_point() and rank:
+    if (
+        plain is not None
+        and isinstance(axes, list)
+        and axes
+        and dtype is not None
+        and dtype.is_floating_point()
+        and rank
+    ):
         return graph.call(plain, x, list(axes), keepdim=keep)
     return graph.call(_REDUCE[node.op_type], x, axes, keep)
+
+
+def _floats(node: OperatorNode) -> bool:
+    dtype = node.dtype(0)
+    return dtype is not None and dtype.is_floating_point()
 
 
 def _each(node: OperatorNode, graph: GraphBuilder, x: fx.Node) -> fx.Node:
@@ -71,13 +84,11 @@ def arg_extremum(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
 
 
 def running(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
-    axis = node.constant(1)
-    if axis is None:
-        node.refuse("computes its axis; make it a constant")
-    place = int(axis.reshape(-1)[0])
+    axis = graph.sizes(node, 1)
+    place = axis[0] if isinstance(axis, list) else graph.call(operator.getitem, axis, 0)
     exclusive, backwards = bool(node.attributes.get("exclusive", 0)), bool(node.attributes.get("reverse", 0))
     multiply = node.op_type == "CumProd"
-    if not exclusive and not backwards and not multiply:
+    if not exclusive and not backwards and not multiply and _floats(node):
         return graph.call(torch.cumsum, node.inputs[0], place)
     return graph.call(functions.running, node.inputs[0], place, exclusive, backwards, multiply)
 

@@ -78,31 +78,26 @@ def transpose(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     return graph.call(torch.permute, x, list(perm))
 
 
-def _axes(node: OperatorNode, graph: GraphBuilder, since: int = 13) -> list[int] | None:
-    """Axes from the attribute or, since an opset, from the second input."""
-    if node.opset < since:
+def _axes(node: OperatorNode, graph: GraphBuilder) -> list[Any] | fx.Node | None:
+    """Axes from the attribute or, since opset 13, from the second input."""
+    if node.opset < 13:
         found = node.attributes.get("axes")
         return None if found is None else [int(axis) for axis in found]
-    if node.input(1) is None:
-        return None
-    axes = node.constant(1)
-    if axes is None:
-        node.refuse("computes its axes; make them a constant")
-    return [int(axis) for axis in axes.reshape(-1)]
+    return graph.sizes(node, 1)
 
 
 def squeeze(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     axes = _axes(node, graph)
     if axes is None:
         return graph.call(torch.squeeze, node.inputs[0])
-    return graph.call(torch.squeeze, node.inputs[0], tuple(axes) if len(axes) != 1 else axes[0])
+    if isinstance(axes, list) and len(axes) == 1:
+        return graph.call(torch.squeeze, node.inputs[0], axes[0])
+    return graph.call(torch.squeeze, node.inputs[0], axes)
 
 
 def unsqueeze(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     axes = _axes(node, graph)
-    if axes is None:
-        node.refuse("has no axes")
-    if len(axes) == 1:
+    if isinstance(axes, list) and len(axes) == 1:
         return graph.call(torch.unsqueeze, node.inputs[0], axes[0])
     return graph.call(functions.unsqueeze, node.inputs[0], axes)
 

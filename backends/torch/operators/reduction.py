@@ -48,14 +48,7 @@ def reduce(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     if isinstance(axes, fx.Node) and node.attributes.get("noop_with_empty_axes", 0):
         node.refuse("computes its axes, and does nothing when there are none; make them a constant")
     plain = {"ReduceMean": torch.mean, "ReduceSum": torch.sum}.get(node.op_type)
-    if (
-        plain is not None
-        and isinstance(axes, list)
-        and axes
-        and dtype is not None
-        and dtype.is_floating_point()
-        and rank
-    ):
+    if plain is not None and isinstance(axes, list) and axes and _floats(node) and node.rank(0):
         return graph.call(plain, x, list(axes), keepdim=keep)
     return graph.call(_REDUCE[node.op_type], x, axes, keep)
 

@@ -27,6 +27,7 @@ from effic.ir.memory import available_memory, peak_memory, reset_peak_memory
 from effic.ir.model import Model, PassRecord, describe
 from effic.ir.verify import required_signature, signature, verify
 from effic.passes.base import CalibratedPass, Numerics, Pass, Remark, Remarks
+from effic.passes.kept_patterns import DeclaredPatterns
 from effic.passes.spec import to_text
 
 if TYPE_CHECKING:
@@ -332,6 +333,7 @@ def _run_one(
     raises = item.needs_opset > model.opset
     before = model.clone() if checker is not None or raises or keep is not None else None
     shape = signature(model)
+    patterns = DeclaredPatterns(model)
     remarks = Remarks()
     reset_peak_memory()
     began = time.perf_counter()
@@ -362,6 +364,8 @@ def _run_one(
         raise CheckFailedError(f"{item.name} changed the model's inputs or outputs: {changed}")
     after = fingerprint(model)
     step.changed = after != mark
+    if step.changed:
+        patterns.check(model, remarks)
     if not step.changed:
         step.verdict = "unchanged"
     else:

@@ -81,7 +81,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> TensorFile:
     for name, row in header.items():
         first, last = _place(path, name, row)
         if start + last > file.size:
-            raise InvalidModelError(f"{path} is cut short: the tensor {name!r} ends after the file does.")
+            raise InvalidModelError(f"{path} is cut short: the tensor {name!r:.200} ends after the file does.")
         places.append((first, last, name))
         dtype, shape = DTYPES[row["dtype"]], tuple(row["shape"])
         if first == last:
@@ -93,7 +93,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> TensorFile:
     for first, last, name in sorted(places):
         if first != at:
             raise InvalidModelError(
-                f"{path} is damaged: the tensor {name!r} begins at byte {first}, not {at}."
+                f"{path} is damaged: the tensor {name!r:.200} begins at byte {first}, not {at}."
             )
         at = last
     if start + at != file.size:
@@ -113,15 +113,15 @@ def _place(path: str, name: str, row: Any) -> tuple[int, int]:
     dtype = row.get("dtype") if isinstance(row, dict) else None
     shape, offsets = (row.get("shape"), row.get("data_offsets")) if isinstance(dtype, str) else (None, None)
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        raise InvalidModelError(f"{path} is damaged: the tensor {name!r} has no dtype, shape and place.")
+        raise InvalidModelError(f"{path} is damaged: the tensor {name!r:.200} has no dtype, shape and place.")
     if dtype not in DTYPES:
         raise InvalidModelError(
-            f"{path} holds the tensor {name!r} of type {dtype!r}, which is not known here."
+            f"{path} holds the tensor {name!r:.200} of type {dtype!r:.80}, which is not known here."
         )
     if not all(type(v) is int and 0 <= v < 1 << 63 for v in (*shape, *offsets)) or len(shape) > 32:
-        raise InvalidModelError(f"{path} is damaged: the tensor {name!r} has an impossible shape or place.")
+        raise InvalidModelError(f"{path} is damaged: the tensor {name!r:.200} has an impossible shape or place.")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise InvalidModelError(f"{path} is damaged: the tensor {name!r} does not fill its place.")
+        raise InvalidModelError(f"{path} is damaged: the tensor {name!r:.200} does not fill its place.")
     return offsets[0], offsets[1]
 
 

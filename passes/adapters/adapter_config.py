@@ -17,6 +17,8 @@ from typing import Any, Literal
 from effic.ir.errors import InvalidModelError
 
 CONFIG_BYTES = 1 << 20
+# Longer ones are no names of fields, and are cut in messages.
+_NAME_LENGTH = 80
 
 METHODS: dict[str, Literal["lora", "paca", "s2ft", "svfit", "l4q"]] = {
     "LORA": "lora",
@@ -47,6 +49,9 @@ _REFUSED = {
     "layer_replication": "repeats layers of the base; merge into a base that has them repeated and unshared",
     "use_qalora": "pools the inputs of A, which is not supported",
 }
+
+# What PEFT puts around the patterns of rank_pattern and alpha_pattern.
+_AROUND = r"^(.*\.)?({})$"
 
 # These leave the base weight as it is; training starts beside it.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
@@ -113,7 +118,7 @@ class Settings:
 
 def _by_pattern(patterns: Mapping[str, float], path: str, otherwise: float) -> float:
     for pattern, value in patterns.items():
-        if re.match(rf"^(.*\.)?({pattern})$", path):
+        if re.match(_AROUND.format(pattern), path):
             return value
     return otherwise
 
@@ -130,7 +135,9 @@ def read_settings(text: bytes, where: str) -> Settings:
             that cannot be merged; the field is named.
     """
     try:
-        config = json.loads(text)
+        config = json.loads(text, object_pairs_hook=_without_doubles)
+    except _TwiceError as error:
+        raise InvalidModelError(f"{where} has the field {error} twice; say which is meant.") from error
     except (ValueError, RecursionError) as error:
         raise InvalidModelError(f"{where} is no JSON text; copy the adapter again.") from error
     if not isinstance(config, dict):
@@ -146,7 +153,8 @@ def read_settings(text: bytes, where: str) -> Settings:
         if not value or key in _HARMLESS or key in _READ:
             continue
         reason = _REFUSED.get(key, "is set, and what it means is not known here")
-        raise InvalidModelError(f"{where}: {key} {reason}, so the adapter cannot be merged.")
+        name = key if key.isidentifier() and len(key) < _NAME_LENGTH else f"{key!r:.80}"
+        raise InvalidModelError(f"{where}: {name} {reason}, so the adapter cannot be merged.")
     alpha = fields.number("paca_alpha" if method == "paca" and "paca_alpha" in config else "lora_alpha", 8.0)
     return Settings(
         method=method,
@@ -239,13 +247,28 @@ class _Fields:
         return value
 
 
+class _TwiceError(ValueError):
+    """A name is in a table twice, and readers differ in which of the two they take."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise _TwiceError(f"{key!r:.80}")
+        table[key] = value
+    return table
+
+
 def _pattern(pattern: str, where: str) -> str:
     """A regular expression on module paths, refused where it could run for ever."""
     repeats = len(re.findall(r"[*+{]", re.sub(r"\\.", "", pattern)))
     if len(pattern) > _PATTERN_LENGTH or repeats > _PATTERN_REPEATS or re.search(r"\)[*+{]", pattern):
         raise InvalidModelError(f"{where}: the pattern {pattern!r:.80} repeats too much; write it out.")
     try:
+        # By itself too: "a)|(b" is one only between brackets.
         re.compile(pattern)
+        re.compile(_AROUND.format(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise InvalidModelError(f"{where}: the pattern {pattern!r:.80} is no regular expression.") from error
     return pattern
@@ -266,7 +289,7 @@ def _init(value: Any, where: str) -> str | bool:
 
 def _token_indices(value: Any, where: str) -> Mapping[str, tuple[int, ...]] | tuple[int, ...]:
     def rows(found: Any) -> tuple[int, ...]:
-        if not isinstance(found, list) or not all(type(v) is int and v >= 0 for v in found):
+        if not isinstance(found, list) or not all(type(v) is int and 0 <= v < 1 << 62 for v in found):
             raise InvalidModelError(f"{where}: trainable_token_indices are no lists of row numbers.")
         if len(set(found)) != len(found):
             raise InvalidModelError(f"{where}: trainable_token_indices name a row twice.")

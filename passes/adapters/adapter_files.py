@@ -34,6 +34,8 @@ import pickle
 import stat
 import struct
 import warnings
+import zipfile
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -120,12 +122,25 @@ def _file(folder: str, name: str) -> str | None:
     return path
 
 
+def _check_archive(path: str) -> None:
+    """Refuse a compressed archive, which torch never writes: it may unpack to any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        # torch tells what it is, if it is anything.
+        return
+    if packed:
+        raise InvalidModelError(f"{path} is compressed, which torch's files are not; save it as {TENSORS}.")
+
+
 def _read_pickle(path: str) -> dict[str, np.ndarray]:
     """The tensors of a ``.bin`` file; anything else in it is refused, unexecuted."""
     try:
         import torch
     except ImportError as error:
         raise MissingExtraError("torch", "torch", f"reading {os.path.basename(path)}") from error
+    _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,13 +152,29 @@ def _read_pickle(path: str) -> dict[str, np.ndarray]:
         ) from error
     if not isinstance(found, dict):
         raise InvalidModelError(f"{path} is no table of tensors; save the adapter as {TENSORS}.")
-    tensors = {}
+    tensors, size = {}, os.path.getsize(path)
     for key, tensor in found.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise InvalidModelError(f"{path} holds {key!r:.80}, which is no named dense tensor.")
-        tensor = tensor.detach().contiguous()
+        # A file of a few bytes may ask for terabytes, by strides of zero or by compression.
+        if tensor.device.type != "cpu" or tensor.dtype not in _torch_types() or tensor.nbytes > size:
+            raise InvalidModelError(
+                f"{path} holds {key!r:.80} of type {tensor.dtype} and shape {list(tensor.shape)}, which is no "
+                f"tensor of an adapter; save the adapter as {TENSORS}."
+            )
+        tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
         if tensor.dtype == torch.bfloat16:
             tensors[key] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         else:
             tensors[key] = tensor.numpy()
     return tensors
+
+
+def _torch_types() -> set[Any]:
+    """What tensors of adapters may consist of."""
+    import torch
+
+    return {
+        torch.float32, torch.float16, torch.bfloat16, torch.float64,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    }  # fmt: skip

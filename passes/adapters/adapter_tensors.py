@@ -158,6 +158,8 @@ class Sorting:
 
     def take(self, key: str, tensor: np.ndarray) -> None:
         """File a tensor under its module."""
+        if not key.isprintable():
+            raise self.wrong(f"the name {key!r:.200} of a tensor holds characters that no module's name has.")
         path, role = _split(key)
         if path is None:
             raise self.wrong(f"the tensor '{key:.200}' is of no kind that is known here.")
@@ -257,7 +259,7 @@ class Sorting:
             found = [rows for name, rows in said.items() if f".{path}".endswith(f".{name}")]
         else:
             found = [said]
-        if len(found) != 1 or values.ndim != 2 or len(found[0]) != len(values):
+        if len(found) != 1 or values.ndim != 2 or not len(values) or len(found[0]) != len(values):
             raise self.wrong(
                 f"module '{path}' has {len(values) if values.ndim else 1} retrained rows, "
                 "but trainable_token_indices do not say which they are."

@@ -312,13 +312,8 @@ def _s2ft(module: AdapterModule, base: np.ndarray, dtype: Dtype) -> np.ndarray:
     s2, axis, start = module.extra["s2"], int(module.extra["axis"].item()), int(module.extra["start"].item())
     order = module.extra.get("order")
     length = base.shape[axis]
-    if order is not None and order.size != length:
-        raise _wrong(
-            module,
-            f"orders {order.size} channels, but its weight has {length} along that axis; with grouped-query "
-            "attention the heads of keys and values cannot follow the order of the queries, so select channels "
-            "of the feed-forward layers instead",
-        )
+    if reason := why_not_order(module, base.shape):
+        raise _wrong(module, reason)
     channels = np.arange(start, start + s2.shape[axis])
     if channels[-1] >= length or s2.shape[1 - axis] != base.shape[1 - axis]:
         raise _wrong(
@@ -330,6 +325,18 @@ def _s2ft(module: AdapterModule, base: np.ndarray, dtype: Dtype) -> np.ndarray:
     delta = _nothing(base.shape, dtype)
     delta[(channels, slice(None)) if axis == 0 else (slice(None), channels)] = s2
     return delta
+
+
+def why_not_order(module: AdapterModule, shape: tuple[int, ...]) -> str | None:
+    """Why S²FT's order is not one of a weight's channels ``(out, in)``, as a phrase, or None."""
+    order, along = module.extra.get("order"), shape[int(module.extra["axis"].item())]
+    if order is None or order.size == along:
+        return None
+    return (
+        f"orders {order.size} channels, but its weight has {along} along that axis; with grouped-query "
+        "attention the heads of keys and values cannot follow the order of the queries, so select channels "
+        "of the feed-forward layers instead"
+    )
 
 
 def _svfit(module: AdapterModule, base: np.ndarray, dtype: Dtype) -> np.ndarray:

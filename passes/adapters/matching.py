@@ -24,6 +24,7 @@ from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor, describe
 from effic.ir.torch_capture import ALIASES_KEY, MODULE_KEY
 from effic.ir.weights import WeightSite, WeightUse, weight_sites
 from effic.passes.adapters.adapter_files import AdapterModule
+from effic.passes.adapters.deltas import why_not_order
 
 LEFT_OUT = "-"
 """What a map says of a tensor that is to be left out."""
@@ -287,6 +288,8 @@ def why_not(module: AdapterModule, place: Place, rows: tuple[int, int] | None) -
         if rows[1] > out:
             return f"is mapped to rows {rows[0]}:{rows[1]} of '{place.name}', which has {out}"
         out = rows[1] - rows[0]
+    if module.method == "s2ft" and (reason := why_not_order(module, (out, into))):
+        return reason
     if not _agrees(module_shape(module), (out, into)) or not _inside(module, (out, into)):
         wanted = ["any" if d is None else d for d in module_shape(module)]
         return f"is for a weight of shape {wanted}, but '{place.name}' has {[out, into]}"
@@ -299,10 +302,7 @@ def _inside(module: AdapterModule, shape: tuple[int, int]) -> bool:
         return int(module.extra["paca_indices"].max()) < shape[1]
     if module.method == "s2ft":
         along = shape[int(module.extra["axis"].item())]
-        order = module.extra.get("order")
-        return int(module.extra["start"].item()) + module.rank <= along and (
-            order is None or order.size == along
-        )
+        return int(module.extra["start"].item()) + module.rank <= along
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -112,6 +113,23 @@ class MergeLora(Pass):
         for path in left_out:
             remarks.missed(path, "is left out by the map")
         digest = save_originals(self.keep_original, targets) if self.keep_original else None
+        try:
+            self._merge(model, adapters, targets, left_out, digest, remarks)
+        except BaseException:
+            # Of a merge that failed nothing is left behind.
+            if self.keep_original:
+                os.unlink(self.keep_original)
+            raise
+
+    def _merge(
+        self,
+        model: Model,
+        adapters: Sequence[tuple[Adapter, float]],
+        targets: Sequence[Target],
+        left_out: Sequence[str],
+        digest: str | None,
+        remarks: Remarks,
+    ) -> None:
         recipe = recipe_of(self)
         record = MergeRecord(
             adapters=[(adapter.name, adapter.digest, weight) for adapter, weight in adapters],
@@ -267,8 +285,21 @@ def report(remarks: Remarks, target: Target, result: Merged) -> None:
         text += f"; rounding is {result.rounding:.2g} times the adapter"
         if result.rounding > 1:
             data["erased"] = True
-            text += ": it is all but erased, use requantize=keep_branch or more bits"
+    if result.silent:
+        data["silent"] = result.silent
     remarks.passed(target.path, text, **data)
+    # What was merged to little use is said where people look for what was not done.
+    if result.rounding is not None and result.rounding > 1:
+        remarks.missed(
+            target.path,
+            f"rounding is {result.rounding:.2g} times the adapter, which is all but erased: use "
+            "requantize=keep_branch or more bits",
+        )
+    if result.silent:
+        remarks.missed(
+            target.path,
+            f"{result.silent} of its channels are zero, which DoRA cannot give a magnitude: they stay zero",
+        )
 
 
 def kind_of(target: Target, module: AdapterModule | None) -> str:

@@ -17,7 +17,15 @@ from effic.ir.tensors import borrow
 from effic.ir.weights import WeightSite
 from effic.passes.adapters.adapter_files import AdapterModule
 from effic.passes.adapters.combine import Combine, Sign, Space, combined_delta
-from effic.passes.adapters.deltas import Dtype, RankScale, bias_delta, factors, l4q_merged, oriented
+from effic.passes.adapters.deltas import (
+    Dtype,
+    RankScale,
+    bias_delta,
+    dora_norms,
+    factors,
+    l4q_merged,
+    oriented,
+)
 from effic.passes.adapters.matching import Place, expert_axis, put
 from effic.passes.adapters.requantize import Requantize, add_branch, norm, requantized, why_no_branch
 from effic.passes.adapters.streamed import MergedTensor, Term, norm_of, term_for
@@ -64,6 +72,7 @@ class Merged:
         rounding: ``‖Q(W) - W‖ / ‖ΔW‖`` of a requantized weight, or None.
         kept_branch: whether the adapter was kept beside the weight.
         bits: width of the codes of an L4Q export; 0 for everything else.
+        silent: channels of norm zero, which DoRA has nothing to rescale in.
     """
 
     name: str | None
@@ -72,6 +81,7 @@ class Merged:
     rounding: float | None = None
     kept_branch: bool = False
     bits: int = 0
+    silent: int = 0
 
 
 def is_plain(module: AdapterModule) -> bool:
@@ -96,7 +106,7 @@ def merge(model: Model, target: Target, recipe: Recipe) -> Merged:
         return _merge_encoded(model, target, site, recipe)
     if site is not None and _streams(target, recipe):
         return _merge_streamed(model, target, site, recipe)
-    base, merged = _computed(target, recipe)
+    base, merged, silent = _computed(target, recipe)
     size = norm(merged - base)
     if size == 0 and np.array_equal(base, merged):
         return Merged(None)
@@ -104,7 +114,7 @@ def merge(model: Model, target: Target, recipe: Recipe) -> Merged:
         site.write(model, codes)
         return Merged(site.name, _relative(size, norm(base)), bits=codes.bits)
     name = _write(model, target, model.scratch.tensor(target.place.name, _narrowed(target.place, merged)))
-    return Merged(name, _relative(size, norm(base)))
+    return Merged(name, _relative(size, norm(base)), silent=silent)
 
 
 def _relative(delta: float, base: float) -> float:
@@ -154,12 +164,18 @@ def _merge_streamed(model: Model, target: Target, site: WeightSite, recipe: Reci
     if size == 0:
         return Merged(None)
     base, sampled = norm_of(tensor, site.matrix_shape)
-    name = _write(model, target, MergedTensor(tensor, terms, site.matrix_shape, site.name))
+    merged = MergedTensor(tensor, terms, site.matrix_shape, site.name)
+    if merged.overflows():
+        raise _too_large(target.place)
+    name = _write(model, target, merged)
     return Merged(name, _relative(size, base), sampled)
 
 
-def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """Base and merged value of a constant, in the dtype that is computed in, shaped as stored."""
+def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, int]:
+    """Base and merged value of a constant, in the dtype that is computed in, shaped as stored.
+
+    The third is how many channels DoRA found to be zero.
+    """
     place, site = target.place, target.place.site
     exact = any(module.method in ("paca", "l4q") for module, _ in target.modules)
     wide = exact or dtype_of(place) == ir.DataType.DOUBLE
@@ -183,10 +199,15 @@ def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     for numbers, values, weight in target.rows:
         new = values.astype(dtype)
         merged[numbers] = new if weight == 1.0 else merged[numbers] + dtype(weight) * (new - kept[numbers])
+    silent = 0
     for rows, part in target.parts.items():
         view = _oriented(merged, place, part[0][0])
         if rows is not None:
             view = view[rows[0] : rows[1]]
+        for module, _ in part:
+            if module.use_dora:
+                norms = dora_norms(module, view, rank=recipe.rank, rank_scale=recipe.rank_scale, dtype=dtype)
+                silent += int(np.count_nonzero(norms == 0))
         delta = combined_delta(
             part,
             np.ascontiguousarray(view),
@@ -209,7 +230,7 @@ def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
         change = bias_delta(module, rank=recipe.rank, rank_scale=recipe.rank_scale)
         if change is not None:
             merged += (change * (-weight if recipe.subtract else weight)).astype(dtype)
-    return base, merged
+    return base, merged, silent
 
 
 def _oriented(array: np.ndarray, place: Place, module: AdapterModule) -> np.ndarray:
@@ -237,8 +258,15 @@ def _narrowed(place: Place, merged: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = merged.astype(dtype_of(place).numpy())
     if not np.isfinite(narrow).all():
-        raise UnsupportedError(f"merged into '{place.name}', the adapter gives values its type cannot hold")
+        raise _too_large(place)
     return np.asarray(narrow, order="C")
+
+
+def _too_large(place: Place) -> UnsupportedError:
+    return UnsupportedError(
+        f"merged into '{place.name}', the adapter gives values that {dtype_of(place).name} cannot hold; "
+        "give it a smaller weight (FOLDER=0.5), or merge into a float32 model"
+    )
 
 
 def _write(model: Model, target: Target, tensor: ir.TensorProtocol) -> str:
@@ -260,14 +288,14 @@ def _merge_encoded(model: Model, target: Target, site: WeightSite, recipe: Recip
         raise UnsupportedError(f"weight '{site.name}' is not encoded")
     if recipe.requantize == "keep_branch":
         return _keep_branch(model, target, site, recipe)
-    base, merged = _computed(target, recipe)
+    base, merged, silent = _computed(target, recipe)
     size = norm(merged - base)
     if size == 0 and np.array_equal(base, merged):
         return Merged(None)
     relative = _relative(size, norm(base))
     if recipe.requantize == "none":
         tensor = model.scratch.tensor(site.name, _narrowed(target.place, merged))
-        return Merged(_write(model, target, tensor), relative)
+        return Merged(_write(model, target, tensor), relative, silent=silent)
     if target.uses is not None:
         raise UnsupportedError(
             f"'{target.path}' shares its encoded weight '{site.name}' with others; say requantize=none"
@@ -275,7 +303,7 @@ def _merge_encoded(model: Model, target: Target, site: WeightSite, recipe: Recip
     done = requantized(model, encoding, _narrowed(target.place, merged), recipe.requantize)
     rounding = norm(decode(done).astype(merged.dtype) - merged) / size
     site.write(model, done)
-    return Merged(site.name, relative, rounding=rounding)
+    return Merged(site.name, relative, rounding=rounding, silent=silent)
 
 
 def _keep_branch(model: Model, target: Target, site: WeightSite, recipe: Recipe) -> Merged:

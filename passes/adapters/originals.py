@@ -166,7 +166,6 @@ def restore(model: Model, kept: TensorFile, place: Place, original: str) -> None
     Raises:
         InvalidModelError: the file does not have it, or it does not fit.
     """
-    rows = json.loads(kept.metadata.get(_ENCODINGS, "{}"))
     if original in kept.tensors:
         array = kept.tensors[original]
         if place.shape != array.shape:
@@ -179,9 +178,15 @@ def restore(model: Model, kept: TensorFile, place: Place, original: str) -> None
             put(place, tensor)
         return
     site = place.site
-    if original not in rows or site is None:
-        raise InvalidModelError(f"the file of originals has no '{original}'; nothing was restored")
-    site.write(model, _encoding(kept, original, rows[original]))
+    try:
+        encoding = _encoding(kept, original, json.loads(kept.metadata[_ENCODINGS])[original])
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise InvalidModelError(
+            f"the file of originals has no '{original}', or is damaged; nothing was restored"
+        ) from error
+    if site is None:
+        raise InvalidModelError(f"'{place.name}' is no weight any more; nothing was restored")
+    site.write(model, encoding)
 
 
 def _encoding(kept: TensorFile, name: str, row: dict[str, Any]) -> Encoding:

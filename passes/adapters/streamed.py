@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -56,6 +57,12 @@ class Term(NamedTuple):
         left, right = self.left.astype(np.float64), self.right.astype(np.float64)
         return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T)))))
 
+    def largest(self) -> float:
+        """What no element of the product exceeds (Cauchy and Schwarz)."""
+        left, right = self.left.astype(np.float64), self.right.astype(np.float64)
+        tallest = np.sum(left * left, axis=1).max(initial=0.0)
+        return math.sqrt(tallest * np.sum(right * right, axis=0).max(initial=0.0))
+
 
 class MergedTensor(ir.LazyTensor):
     """``base + Σ left @ right``, computed whenever it is asked for.
@@ -73,6 +80,16 @@ class MergedTensor(ir.LazyTensor):
     ) -> None:
         super().__init__(self._whole, base.dtype, ir.Shape(base.shape.numpy()), name=name)
         self.base, self.terms, self.matrix_shape = base, tuple(terms), matrix_shape
+
+    def overflows(self) -> bool:
+        """Whether an element is infinite or NaN.
+
+        Seldom looks: what is less than half a step of the type's largest number leaves any finite one finite.
+        """
+        info = ml_dtypes.finfo(self.dtype.numpy())
+        if sum(term.largest() for term in self.terms) < float(info.max) * float(info.eps) / 4:
+            return False
+        return not all(bool(np.isfinite(block).all()) for block in self.blocks())
 
     def _whole(self) -> ir.TensorProtocol:
         return ir.Tensor(self.numpy(), dtype=self.dtype, name=self.name)
@@ -144,7 +161,8 @@ class MergedTensor(ir.LazyTensor):
         for term in touched:
             _add(sums, start, term)
         if sums.dtype != block.dtype:
-            np.copyto(block, sums, casting="unsafe")
+            with np.errstate(over="ignore"):
+                np.copyto(block, sums, casting="unsafe")
         return block
 
 

@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -353,3 +355,80 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     for name, array in tensors.items():
         assert found[name].dtype == array.dtype
         assert np.array_equal(found[name], array)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"peft_type": "LORA", "r": 2, "r": 4}', "has the field 'r' twice"),
+        ('{"peft_type": "LORA", "r": 2, "rank_pattern": {"q": 1, "q": 2}}', "has the field 'q' twice"),
+        ('{"peft_type": "LORA", "r": 2, "rank_pattern": {"(?i)q": 1}}', "is no regular expression"),
+        ('{"peft_type": "LORA", "r": 2, "alpha_pattern": {"a)|(b": 1}}', "is no regular expression"),
+        (r'{"peft_type": "LORA", "r": 2, "\u001b[31m\n": 1}', r"'\\x1b\[31m\\n' is set"),
+        ('{"peft_type": "LORA", "r": 2, "%s": 1}' % ("x" * 5000), "is set, and what it means is not known"),
+    ],
+)
+def test_configurations_that_readers_would_take_differently(
+    tmp_path: Path, write_adapter: WriteAdapter, text: str, message: str
+) -> None:
+    folder = Path(write_adapter(tmp_path / "a", PAIR))
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(InvalidModelError, match=message) as caught:
+        read_adapter(folder)
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("rows", [[], [1 << 70], {"e": [3, 1 << 63]}])
+def test_rows_that_are_none(tmp_path: Path, write_adapter: WriteAdapter, rows: object) -> None:
+    count = 2 if isinstance(rows, dict) else len(rows)  # type: ignore[arg-type]
+    tensors = {"e.token_adapter.trainable_tokens_delta": np.ones((count, 4), np.float32)}
+    with pytest.raises(InvalidModelError, match="trainable_token_indices"):
+        read_adapter(write_adapter(tmp_path / "a", tensors, trainable_token_indices=rows))
+
+
+@pytest.mark.parametrize("name", ["q\0.lora_A.weight", "q\nerror.lora_A.weight", "\x1b[2Jq.lora_A.weight"])
+def test_names_that_would_steer_a_terminal(tmp_path: Path, write_adapter: WriteAdapter, name: str) -> None:
+    with pytest.raises(InvalidModelError, match="holds characters that no module's name has") as caught:
+        read_adapter(write_adapter(tmp_path / "a", {name: A, "q.lora_B.weight": B}))
+    assert str(caught.value).isprintable()
+
+
+def _expanded(torch: Any) -> Any:
+    return torch.zeros(1).expand(1 << 40)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        _expanded,
+        lambda torch: torch.zeros(2, 4, dtype=torch.float8_e4m3fn),
+        lambda torch: torch.zeros(2, 4, dtype=torch.complex64),
+        lambda torch: torch.zeros(2, 4, device="meta"),
+    ],
+    ids=["terabytes", "float8", "complex", "meta"],
+)
+def test_tensors_of_a_bin_file_that_are_none(
+    tmp_path: Path, write_adapter: WriteAdapter, tensor: Callable[[Any], Any]
+) -> None:
+    torch = pytest.importorskip("torch")
+    folder = Path(write_adapter(tmp_path / "a", PAIR))
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"q.lora_A.weight": tensor(torch)}, folder / "adapter_model.bin")
+    with pytest.raises(InvalidModelError, match=r"which is no tensor of an adapter|holds something else"):
+        read_adapter(folder)
+
+
+def test_a_compressed_bin_file(tmp_path: Path, write_adapter: WriteAdapter) -> None:
+    torch = pytest.importorskip("torch")
+    folder = Path(write_adapter(tmp_path / "a", PAIR))
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"q.lora_A.weight": torch.zeros(1 << 16)}, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for item in plain.namelist():
+            packed.writestr(item, plain.read(item))
+    with pytest.raises(InvalidModelError, match="is compressed"):
+        read_adapter(folder)

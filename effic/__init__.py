@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from effic.backends.ort.artifact import OrtArtifact as OrtArtifact
     from effic.backends.torch.read_back import read_back as read_back
     from effic.backends.torch.to_module import to_module as to_module
+    from effic.backends.torch.tune_conv_bn import TuneReport as TuneReport
+    from effic.backends.torch.tune_conv_bn import tune_conv_bn as tune_conv_bn
+    from effic.backends.torch.tune_conv_bn import untune_conv_bn as untune_conv_bn
     from effic.bench import bench as bench
     from effic.bisect import bisect as bisect
     from effic.compare import compare as compare
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from effic.passes.calibration import Calibration as Calibration
     from effic.passes.pipeline import run_passes as run_passes
     from effic.passes.spec import parse_passes as parse_passes
+    from effic.sensitivity import sensitivity as sensitivity
 
 _EXPORTS = {
     "CalibratedPass": "effic.passes.base",
@@ -50,6 +54,7 @@ _EXPORTS = {
     "Pass": "effic.passes.base",
     "Remarks": "effic.passes.base",
     "Report": "effic.optimize",
+    "TuneReport": "effic.backends.torch.tune_conv_bn",
     "adapter_feeds": "effic.adapter_feeds",
     "bench": "effic.bench",
     "bisect": "effic.bisect",
@@ -64,7 +69,10 @@ _EXPORTS = {
     "read_back": "effic.backends.torch.read_back",
     "read_onnx": "effic.ir.onnx_format",
     "run_passes": "effic.passes.pipeline",
+    "sensitivity": "effic.sensitivity",
     "to_module": "effic.backends.torch.to_module",
+    "tune_conv_bn": "effic.backends.torch.tune_conv_bn",
+    "untune_conv_bn": "effic.backends.torch.tune_conv_bn",
 }
 
 _MODULES = ("sparse_training",)

@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 from effic.backends.torch.sparse_training.bdwp import BDWP
+from effic.backends.torch.sparse_training.mask_files import masks_of
 from effic.backends.torch.sparse_training.mask_learning import MaskLLM, learn_masks
 from effic.backends.torch.sparse_training.recipes import SRSTE, STE, MdGf, Recipe, SdGf
 from effic.backends.torch.sparse_training.training import Finished, Layer, SparseTraining, finish
 from effic.backends.torch.sparse_training.weights import Weight, weights
-from effic.ir.mask_files import masks_of, read_masks
+from effic.passes.sparsify.mask_files import read_masks
 
 __all__ = [
     "BDWP",

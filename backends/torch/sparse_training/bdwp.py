@@ -62,8 +62,14 @@ class TwoWayMask(Mask):
 
 
 class TwoWayWeight(Tensor):
-    """W_F, which products compute with, and in ``back`` W_B, which gradients of their inputs go through."""
+    """W_F, which products compute with, and in ``back`` W_B, which gradients of their inputs go through.
 
+    Attributes:
+        plain: W_F without W_B.
+        back: W_B.
+    """
+
+    plain: Tensor
     back: Tensor
 
     @classmethod
@@ -85,12 +91,12 @@ class TwoWayWeight(Tensor):
 
 def _two_way(weight: Tensor, back: Tensor) -> TwoWayWeight:
     made = weight.as_subclass(TwoWayWeight)
-    made.back = back
+    made.plain, made.back = weight, back
     return made
 
 
 def _plain(value: Any) -> Any:
-    return value.as_subclass(Tensor) if isinstance(value, TwoWayWeight) else value
+    return value.plain if isinstance(value, TwoWayWeight) else value
 
 
 _TRANSPOSES: set[Any] = {

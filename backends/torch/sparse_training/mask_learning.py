@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effic.backends.torch.sparse_training.masks import Layout, from_groups, nm_mask, to_groups
+from effic.backends.torch.sparse_training.masks import Layout, choices, from_groups, nm_mask, to_groups
 from effic.backends.torch.sparse_training.parametrization import Mask, masked_places, original
 from effic.backends.torch.sparse_training.recipes import Recipe
 from effic.backends.torch.sparse_training.schedules import Clock, linear
 from effic.backends.torch.sparse_training.training import Overrides, SparseTraining
 from effic.backends.torch.sparse_training.weights import Weight
 from effic.ir.errors import UsageError
-from effic.ir.mask_files import candidates
 from effic.ir.sparsity import Pattern
 
 Prior = Mapping[str, np.ndarray | Tensor] | Literal["magnitude"] | None
@@ -63,7 +62,7 @@ class MaskLLM(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        candidates(self.pattern)
+        choices(self.pattern)
         if self.steps < 1:
             raise UsageError(f"steps={self.steps} teaches no mask; give 1 or more")
         for name in ("kappa", "tau"):
@@ -89,8 +88,8 @@ class MaskLLM(Recipe):
             first_conv: take the convolution that sees the input as well.
             head: take the layer that scores a language model's vocabulary as well.
             prior: what masks lean to at the start: the largest weights, or masks by name of the weight,
-                bool or 0 and 1, of its shape (those of a pruned model, ``masks_of``, or of a file,
-                ``read_masks``). Weights that it does not name start without.
+                bools of its shape or pattern numbers (those of a pruned model, ``masks_of``, or of a
+                file, ``read_masks``). Weights that it does not name start without.
 
         Raises:
             UsageError: also: a prior mask has another shape than its weight.
@@ -142,12 +141,12 @@ class LearnedMask(Mask):
     ) -> None:
         super().__init__(pattern, layout)
         groups = to_groups(like.detach(), layout, pattern.m)
-        choices = torch.from_numpy(candidates(pattern)).float()
+        table = choices(pattern)
         self.shape = groups.shape[:-1]
-        first = torch.randn(math.prod(self.shape), len(choices), generator=generator) * spread
+        first = torch.randn(math.prod(self.shape), len(table), generator=generator) * spread
         self.logits = nn.Parameter(first)
-        self.register_buffer("choices", choices, persistent=False)
-        self.register_buffer("closed", _closed(choices, pattern, layout.length(like)), persistent=False)
+        self.register_buffer("choices", table, persistent=False)
+        self.register_buffer("closed", _closed(table, pattern, layout.length(like)), persistent=False)
         for name in ("kappa", "tau", "regulariser"):
             self.register_buffer(name, torch.ones(()), persistent=False)
 
@@ -202,13 +201,13 @@ class _Regularised(torch.autograd.Function):
         return gradient - 2 * factor * weight.to(mask.dtype).square() * mask, None, None
 
 
-def _closed(choices: Tensor, pattern: Pattern, length: int) -> Tensor | None:
+def _closed(table: Tensor, pattern: Pattern, length: int) -> Tensor | None:
     """Patterns ``[G, K]`` that would spend what they keep on the padding of the last, short group."""
     short = length % pattern.m
     if not short:
         return None
-    closed = torch.zeros(-(-length // pattern.m), len(choices), dtype=torch.bool)
-    closed[-1] = choices[:, :short].sum(-1) < min(pattern.n, short)
+    closed = torch.zeros(-(-length // pattern.m), len(table), dtype=torch.bool)
+    closed[-1] = table[:, :short].sum(-1) < min(pattern.n, short)
     return closed
 
 
@@ -225,11 +224,20 @@ def _prior(prior: Prior, name: str, weight: Tensor, mask: LearnedMask) -> Tensor
     if given is None:
         return None
     tensor = torch.as_tensor(given).to(weight.device)
-    if tensor.shape != weight.shape:
+    if tensor.shape == weight.shape:
+        return tensor != 0
+    numbered = (math.prod(mask.shape[:-1]), mask.shape[-1])
+    if (
+        tensor.shape != numbered
+        or tensor.is_floating_point()
+        or tensor.min() < 0
+        or tensor.max() >= len(mask.choices)
+    ):
         raise UsageError(
-            f"the prior mask of '{name}' has shape {list(tensor.shape)}, and the weight has {list(weight.shape)}"
+            f"the prior mask of '{name}' has shape {list(tensor.shape)}; give bools of the weight's, "
+            f"{list(weight.shape)}, or the number of each group's pattern, {list(numbered)}"
         )
-    return tensor != 0
+    return from_groups(mask.choices[tensor.long()].unflatten(0, mask.shape[:-1]), mask.layout, weight)
 
 
 def learn_masks(

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from effic.ir.errors import UsageError
 from effic.ir.sparsity import Pattern
+from effic.passes.sparsify.mask_files import patterns_of
 
 # Up to this many weights in a group every pair is compared, in whole tensors; beyond it, groups are sorted.
 _LONGEST_RANKED = 16
+
+MAX_CHOICES = 256
+"""Patterns a group may choose from, so that a choice is one byte: 4:8 has 70, 5:10 has 252."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +102,18 @@ def _largest(groups: Tensor, n: int) -> Tensor:
         ranks[i] = ranks[i] - wins
         ranks[j] = ranks[j] + wins
     return torch.stack([torch.as_tensor(rank) < n for rank in ranks], -1)
+
+
+def choices(pattern: Pattern) -> Tensor:
+    """All masks of one group: float ``[C(m, n), m]``, for 2:4 1100, 1010, 1001, 0110, 0101, 0011.
+
+    Raises:
+        UsageError: there are more than :data:`MAX_CHOICES`.
+    """
+    count = math.comb(pattern.m, pattern.n)
+    if count > MAX_CHOICES:
+        raise UsageError(
+            f"a group of {pattern} has {count:,} masks to choose from, and at most {MAX_CHOICES} can be "
+            "learned; take a smaller pattern such as 2:4 or 4:8"
+        )
+    return torch.from_numpy(patterns_of(pattern)).float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from effic.backends.torch.sparse_training.mask_files import numbered, write_masks
 from effic.backends.torch.sparse_training.parametrization import (
     Mask,
     masked_places,
@@ -21,8 +21,8 @@ from effic.backends.torch.sparse_training.parametrization import (
 )
 from effic.backends.torch.sparse_training.schedules import Clock
 from effic.backends.torch.sparse_training.weights import Weight, weights
+from effic.backends.torch.to_module import RECORD
 from effic.ir.errors import CheckFailedError, UnsupportedError, UsageError
-from effic.ir.mask_files import MAX_CANDIDATES, Grouping, write_masks
 from effic.ir.model import Model
 from effic.ir.sparsity import Pattern, along_groups, declare, violations
 from effic.ir.weights import weight_sites
@@ -67,22 +67,25 @@ class Finished:
 
     Attributes:
         layers: every pruned weight, by its name in the state dict.
+        initializers: what a weight is called in the model, where ``to_module`` could not keep the name.
     """
 
     layers: Mapping[str, Layer]
+    initializers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def declare(self, model: Model) -> None:
         """Write into a model that these weights follow their patterns, after checking that they do.
 
         Args:
-            model: the trained module captured, or the model it was built from after ``read_back``.
+            model: the trained module captured, or what ``read_back`` made of the model it was built from.
 
         Raises:
             UsageError: the model has no weight of such a name.
             CheckFailedError: a weight does not follow its pattern; nothing was declared.
         """
         sites = {site.name: site for site in weight_sites(model)}
-        for name, layer in self.layers.items():
+        layers = {self.initializers.get(name, name): layer for name, layer in self.layers.items()}
+        for name, layer in layers.items():
             if name not in sites:
                 raise UsageError(
                     f"the model has no weight '{name}'; give the model of the module that was trained"
@@ -93,9 +96,9 @@ class Finished:
             if broken:
                 raise CheckFailedError(
                     f"weight '{name}' breaks the {layer.pattern} pattern in {broken:,} of {groups:,} groups; "
-                    "read the module's weights back after finish()"
+                    "give what read_back() returns after finish()"
                 )
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
             declare(model, name, layer.pattern)
 
 
@@ -171,26 +174,31 @@ class SparseTraining:
     def masks(self) -> dict[str, Tensor]:
         """The masks as they would be baked now: bool, of the shape of each weight, by name."""
         self._refuse_finished("masks()")
-        names = self._names()
-        return {
-            names[key]: mask.kept(original(place)) for key, (place, mask) in masked_places(self.module).items()
-            if key in names
-        }  # fmt: skip
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, (place, mask) in masked_places(self.module).items():
+            weight = original(place)
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                found[name] = mask.kept(weight)
+        return found
 
     def save_masks(self, path: str | os.PathLike[str]) -> None:
-        """Write the masks as they would be baked now, one byte per group, to ``.npz`` or ``.safetensors``.
+        """Write the masks as they would be baked now, for ``apply-masks`` to read.
+
+        Each as the number of every group's pattern, one byte per group, where groups can be numbered, and
+        as bools elsewhere.
 
         Raises:
-            UsageError: another ending, or the recipe is finished.
+            UsageError: the file ends neither in ``.npz`` nor in ``.safetensors``, or the recipe is finished.
         """
-        layouts = {key: mask for key, (_, mask) in masked_places(self.module).items()}
-        masks = {name: mask.cpu().numpy() for name, mask in self.masks().items()}
-        groupings = {
-            name: Grouping(layouts[name].pattern, layouts[name].layout.axis, layouts[name].layout.blocks)
-            for name in masks
-            if math.comb(layouts[name].pattern.m, layouts[name].pattern.n) <= MAX_CANDIDATES
-        }
-        write_masks(path, masks, groupings)
+        masks, found = self.masks(), masked_places(self.module)
+        arrays = {}
+        for name, kept in masks.items():
+            mask = found[name][1]
+            numbers = numbered(kept, mask.pattern, mask.layout)
+            arrays[name] = kept.cpu().numpy() if numbers is None else numbers
+        write_masks(path, arrays)
 
     def finish(self) -> Finished:
         """Set pruned weights to zero and take the masks off; the module is a plain one again.
@@ -239,16 +247,6 @@ class SparseTraining:
         self.clock = Clock(**{field.name: int(state[field.name]) for field in dataclasses.fields(Clock)})
         self._update()
 
-    def _names(self) -> dict[str, str]:
-        """Name of a weight by the path of each attribute that holds one, once per weight."""
-        found: dict[str, str] = {}
-        seen: set[int] = set()
-        for path, (place, _) in masked_places(self.module).items():
-            if id(tensor := original(place)) not in seen:
-                seen.add(id(tensor))
-                found[path] = path
-        return found
-
     def _update(self) -> None:
         for place, mask in masked_places(self.module).values():
             length = mask.layout.length(original(place))
@@ -286,7 +284,9 @@ def finish(module: nn.Module) -> Finished:
             kept = mask.kept(weight)
             layers[name] = _bake(weight, kept, mask.pattern)
         take_off(place)
-    return Finished(layers)
+    record = getattr(module, "meta", {}).get(RECORD)
+    renamed = {} if record is None else {key: slot.name for key, slot in record.keys.items() if key != slot.name}
+    return Finished(layers, renamed)
 
 
 def _bake(weight: nn.Parameter, kept: Tensor, pattern: Pattern) -> Layer:

@@ -124,12 +124,13 @@ class Compressed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its constants in a file, without those that others read as well (tables, zero points)."""
+        """Bytes of its constants in a file, without tables and what else others read (zero points)."""
         own = set(self.nodes)
         return sum(
             tensor.nbytes
             for value in self.constants()
-            if (tensor := constant_tensor(value)) is not None and all(use.node in own for use in value.uses())
+            if (tensor := constant_tensor(value)) is not None
+            and all(use.node in own and (use.node.op_type, use.idx) != ("Gather", 0) for use in value.uses())
         )
 
     def describe(self) -> str:

@@ -41,7 +41,7 @@ import onnx_ir as ir
 from effic.ir.encodings import dequantize
 from effic.ir.weights import Axis
 from effic.passes.quantize.affine import Grid, quantize
-from effic.passes.quantize.gptq import Factor, GptqResult, factorise, gptq, shares_order
+from effic.passes.quantize.gptq import Factor, GptqResult, factorise, gptq, pruned, shares_order
 from effic.passes.statistics import SiteStatistics
 
 RANK = 4
@@ -168,6 +168,7 @@ class Compensator:
             act_order=self._act_order,
             scale_dtype=matrix.dtype,
             factor=self._factor,
+            keep_zeros=pruned(matrix),
         )
         run = in_axis if axis == "oc" else 1 - in_axis
         arrays = [result.codes, result.scales, result.zero_points]

@@ -189,6 +189,7 @@ def gptq(
     static_groups: bool = True,
     scale_dtype: np.dtype | type = np.float32,
     factor: Factor | None = None,
+    keep_zeros: bool = False,
 ) -> GptqResult:
     """Quantize a weight by GPTQ.
 
@@ -206,6 +207,8 @@ def gptq(
             its weights have when its first column's turn comes.
         scale_dtype: what scales are stored as, which is the dtype of the weight.
         factor: of ``second_moment`` with these options, where it is known already.
+        keep_zeros: weights that are zero stay zero (pruned ones, see :func:`pruned`): what later weights
+            would make up for by them goes to the next ones, as in SparseGPT (arXiv 2301.00774, section 3.5).
 
     Raises:
         UsageError: groups of reordered inputs that are not static (ONNX has no index of groups to hold
@@ -236,7 +239,10 @@ def gptq(
 
     def walk(upper: np.ndarray) -> tuple[np.ndarray, float, _Levels]:
         levels = (_AlongInputs if axis == "oc" else _AlongOutputs)(columns, grid, dtype)
-        return *_walk(columns, factor._replace(upper=upper), levels, max(blocksize, 1), static_groups), levels
+        walked = _walk(
+            columns, factor._replace(upper=upper), levels, max(blocksize, 1), static_groups, keep_zeros
+        )
+        return *walked, levels
 
     fallback = factor.fallback
     # Weights near the end of float32 may leave it on the way; that shows in the loss.
@@ -255,6 +261,14 @@ def gptq(
     )
 
 
+def pruned(weight: np.ndarray) -> bool:
+    """Whether so many weights are exactly zero that they have been pruned: one in 64 or more.
+
+    Trained weights hardly ever are; even 63:64 sparsity makes this many.
+    """
+    return weight.size > 0 and 64 * np.count_nonzero(weight == 0) >= weight.size
+
+
 def _block_diagonal(second_moment: np.ndarray) -> np.ndarray:
     """Of convolution groups whose inputs are columns of one matrix: ``[G, K, K]`` to ``[1, G·K, G·K]``."""
     groups, width, _ = second_moment.shape
@@ -271,7 +285,7 @@ def shares_order(axis: Literal["oc", "ic"], groups: int) -> bool:
 
 
 def _walk(
-    columns: np.ndarray, factor: Factor, levels: _Levels, blocksize: int, static: bool
+    columns: np.ndarray, factor: Factor, levels: _Levels, blocksize: int, static: bool, keep_zeros: bool
 ) -> tuple[np.ndarray, float]:
     """Round all columns in the factor's order.
 
@@ -280,7 +294,7 @@ def _walk(
         factor: order and coefficients.
         levels: rounds one column to its grid.
         blocksize: see :func:`gptq`.
-        static: see :func:`gptq`.
+        static, keep_zeros: see :func:`gptq`.
 
     Returns:
         Codes as ``columns``, and ``Σ e²``.
@@ -308,7 +322,10 @@ def _walk(
             last = max(0, inputs - (group + 1) * moving.run)
             start = max(start, last)
             if not within:
-                moving.set_group(group, _ahead(columns, factor, errors, last, stop))
+                ahead = _ahead(columns, factor, errors, last, stop)
+                if keep_zeros:
+                    ahead[columns[each[:, None], order[:, last:stop]] == 0] = 0
+                moving.set_group(group, ahead)
         current(start, stop, errors[:, start:stop])
         for high in range(stop, start, -_STRIP):
             low = max(start, high - _STRIP)
@@ -319,10 +336,12 @@ def _walk(
                 if place + 1 < high:
                     later = slice(place + 1, high)
                     values += (upper[:, place : place + 1, later] @ errors[:, later])[:, 0]
-                codes[each, which], rounded = levels.round(values, which)
+                exact = columns[each, which]
+                wanted = np.where(exact == 0, np.float32(0), values) if keep_zeros else values
+                codes[each, which], rounded = levels.round(wanted, which)
                 values -= rounded
                 squares += factor.pivots[:, place] ** 2 * (values[:, None] @ values[:, :, None])[:, 0, 0]
-                np.subtract(columns[each, which], rounded, out=values)
+                np.subtract(exact, rounded, out=values)
         stop = start
     return codes, float(squares.sum())
 

@@ -13,7 +13,7 @@ from effic.ir.model import Model
 from effic.ir.weights import WeightSite
 from effic.passes.base import CalibratedPass, Remarks, option
 from effic.passes.calibration import Calibration
-from effic.passes.quantize.gptq import Factor, factorise, gptq
+from effic.passes.quantize.gptq import Factor, factorise, gptq, pruned
 from effic.passes.quantize.quantize_rtn import encode
 from effic.passes.quantize.weight_only import (
     WeightOnly,
@@ -44,7 +44,8 @@ class QuantizeGPTQ(CalibratedPass, WeightOnly):
     ``axis=ic`` always as moved. With ``propagate`` each layer sees what the quantized layers before it
     give. Weights of inputs that are zero on all the data become zero. Where a second moment cannot be
     factored, damping grows tenfold up to three times, then weights are rounded to nearest; the remark
-    says so. So it is with tables that Gather alone reads (``embeddings``).
+    says so. So it is with tables that Gather alone reads (``embeddings``). Zeros of a pruned weight stay
+    zero: only the weights that are left make up for errors.
 
     Missed for the reasons of quantize-rtn, and when the inputs of the weight cannot be observed: inside
     a subgraph or function, or multiplied with a constant.
@@ -135,6 +136,7 @@ class QuantizeGPTQ(CalibratedPass, WeightOnly):
                 static_groups=self.static_groups,
                 scale_dtype=matrix.dtype,
                 factor=factor,
+                keep_zeros=pruned(matrix),
             )
             codes, scales = _as_stored(site, result.codes), _as_stored(site, result.scales)
             zeros = None if result.zero_points is None else _as_stored(site, result.zero_points)

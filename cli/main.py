@@ -22,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("effic.cli.explain:explain", "What one pass does, and its options."),
     "compare": ("effic.cli.compare:compare", "How far apart two models' outputs are on the same inputs."),
     "bisect": ("effic.cli.bisect:bisect", "Find the pass, and its site, that breaks a model."),
+    "sensitivity": (
+        "effic.cli.sensitivity:sensitivity",
+        "Rank the sites of a pass by what each costs alone.",
+    ),
     "bench": ("effic.cli.bench:bench", "Time a model, or one against another."),
     "capture": ("effic.cli.capture:capture", "Turn a torch module into an ONNX file (runs your code)."),
     "extract-lora": ("effic.cli.extract_lora:extract_lora", "What fine-tuning changed, as a LoRA adapter."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,11 +29,13 @@ class Outcome:
         badness: a number that grows with the damage: the drop of the metric, or the largest
             difference of an output relative to its range; infinite when outputs cannot be compared.
         text: the figures, for people.
+        figures: the same by name: ``max_rel`` and ``sqnr_db``, or ``score`` and ``worse``.
     """
 
     reason: str | None
     badness: float
     text: str
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class Trial:
@@ -46,6 +48,7 @@ class Trial:
         backend: lowers each model first; None runs it as it is written.
         inputs: arrays by name for ``bounds``; seeded ones by default.
         seed: of the seeded inputs.
+        limits: whether something has to be given that can be broken; without, outputs are measured.
 
     Raises:
         UsageError: nothing that could be broken was given, or both kinds.
@@ -61,15 +64,18 @@ class Trial:
         backend: Backend | None = None,
         inputs: Mapping[str, np.ndarray] | None = None,
         seed: int = 0,
+        limits: bool = True,
     ) -> None:
-        if bounds is not None and bounds == Bounds():
+        if not limits:
+            bounds = Bounds() if accuracy is None else None
+        elif bounds is not None and bounds == Bounds():
             bounds = None
         if (bounds is None) == (accuracy is None):
             raise UsageError(
                 "give bounds on the outputs (--rtol, --min-sqnr, …) or a metric with --max-drop or --bound, "
                 "and not both"
             )
-        if accuracy is not None and accuracy.max_drop is None and accuracy.bound is None:
+        if limits and accuracy is not None and accuracy.max_drop is None and accuracy.bound is None:
             raise UsageError("a metric without a limit breaks never; give --max-drop or --bound")
         self.evaluations = 0
         self.backend, self.bounds = backend, bounds
@@ -110,7 +116,8 @@ class Trial:
         worse = guard.before.value - found.value
         if not guard.metric.higher_is_better:
             worse = -worse
-        return Outcome(guard.why_not(found), math.inf if math.isnan(worse) else worse, show_score(found))
+        worse = math.inf if math.isnan(worse) else worse
+        return Outcome(guard.why_not(found), worse, show_score(found), {"score": found.value, "worse": worse})
 
     def _by_bounds(self, run: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]) -> Outcome:
         bounds = self.bounds or Bounds()
@@ -123,4 +130,4 @@ class Trial:
             else:
                 worst, sqnr = max(worst, distance.max_rel), min(sqnr, distance.sqnr_db)
         text = "equal" if worst == 0 else f"{worst:.2g} of the range, {sqnr:.1f} dB"
-        return Outcome("; ".join(broken) or None, worst, text)
+        return Outcome("; ".join(broken) or None, worst, text, {"max_rel": worst, "sqnr_db": sqnr})

@@ -7,16 +7,7 @@ decodes constant weights has gradients of the scales (and of what is multiplied 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-
-FLOAT8_SATURATES = (
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-)
 
 
 def spread(factor: torch.Tensor, shape: torch.Size, axis: int, block: int) -> torch.Tensor:
@@ -171,23 +162,23 @@ def qlinear_matmul(
     return requantize(sums, scale, y_zero, low, high, y_zero.dtype)
 
 
-def qlinear_conv(
-    convolve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
+def requantize_channels(
+    sums: torch.Tensor,
+    bias: torch.Tensor | None,
     x_scale: torch.Tensor,
-    x_zero: torch.Tensor,
-    w: torch.Tensor,
     w_scale: torch.Tensor,
-    w_zero: torch.Tensor,
     y_scale: torch.Tensor,
     y_zero: torch.Tensor,
-    bias: torch.Tensor | None,
     low: int,
     high: int,
 ) -> torch.Tensor:
-    """QLinearConv. ``convolve`` is an exact convolution of two integer tensors; ``bias`` is int32, per channel."""
-    sums = convolve(centred(x, x_zero), centred(w, w_zero, 0))
-    rest = [1] * (w.ndim - 2)
+    """The end of a QLinearConv: the int32 bias, and the codes of the output.
+
+    Args:
+        sums: ``[N, M, ...]``, the convolution of the centred codes.
+        w_scale: one, or one per output channel.
+    """
+    rest = [1] * (sums.ndim - 2)
     if bias is not None:
         sums = sums + bias.to(torch.int64).reshape(-1, *rest)
     per_channel = w_scale.reshape(-1, *rest) if w_scale.numel() > 1 else w_scale.reshape(())

@@ -1,7 +1,11 @@
 """Resize and grid sampling as ONNX defines them.
 
-One axis after the other: each output place is a weighted sum of a few input places (its taps). The
-coordinates are computed on the host in double precision, once per size.
+One axis after the other: each output place is a weighted sum of a few input places (its taps).
+
+Where ONNX's reference and ONNX Runtime differ, this follows the runtime, and torch: with
+``align_corners`` the last output lies on the last input also where a scale makes no whole number of
+outputs, and ``tf_crop_and_resize`` makes as many outputs as it would without the crop. Unlike the runtime,
+it crops an axis whose scale is 1 as well.
 """
 
 from __future__ import annotations
@@ -30,28 +34,27 @@ def fit_sizes(sizes: Sequence[int], wanted: Sequence[int], policy: str) -> tuple
 def source_places(
     count: int, size: int, scale: float, mode: str, roi: tuple[float, float] = (0.0, 1.0)
 ) -> torch.Tensor:
-    """Where each of ``count`` outputs lies on an axis of ``size`` entries (float64, not clamped)."""
-    out = torch.arange(count, dtype=torch.float64)
+    """Where each of ``count`` outputs lies on an axis of ``size`` entries (not clamped).
+
+    In single precision, as ONNX Runtime computes them: which of two entries is the nearest can hang on it.
+    """
+    out = torch.arange(count, dtype=torch.float32)
     if mode == "asymmetric":
         return out / scale
     if mode == "align_corners":
-        # The number of outputs before rounding down counts.
-        length = scale * size
-        return torch.zeros_like(out) if length == 1 else out * (size - 1) / (length - 1)
+        return out * (size - 1) / (count - 1) if count > 1 else torch.zeros_like(out)
     if mode == "half_pixel":
         return (out + 0.5) / scale - 0.5
     if mode == "pytorch_half_pixel":
-        return torch.zeros_like(out) - 0.5 if scale * size <= 1 else (out + 0.5) / scale - 0.5
+        return (out + 0.5) / scale - 0.5 if count > 1 else torch.zeros_like(out)
     if mode == "half_pixel_symmetric":
-        exact = scale * size
-        adjustment = count / exact
-        return size / 2 * (1 - adjustment) + (out + 0.5) / scale - 0.5
+        return size / 2 * (1 - count / (scale * size)) + (out + 0.5) / scale - 0.5
     if mode == "tf_half_pixel_for_nn":
         return (out + 0.5) / scale
     # tf_crop_and_resize
     start, end = roi
     if count > 1:
-        return start * (size - 1) + out * (end - start) * (size - 1) / (scale * size - 1)
+        return start * (size - 1) + out * (end - start) * (size - 1) / (count - 1)
     return torch.full_like(out, 0.5 * (start + end) * (size - 1))
 
 
@@ -85,13 +88,13 @@ def taps(
     """Input places ``[out, taps]`` and their weights for each output of one axis."""
     if mode == "nearest":
         index = _round(places, nearest_mode).clamp(0, size - 1).to(torch.int64)
-        return index.unsqueeze(1), torch.ones(len(index), 1, dtype=torch.float64)
+        return index.unsqueeze(1), torch.ones(len(index), 1)
     squeeze = min(scale, 1.0) if antialias else 1.0
     support = (2.0 if mode == "cubic" else 1.0) / squeeze
     if mode == "linear" and not antialias:
         places = places.clamp(0, size - 1)
     lowest = torch.floor(places - support) + 1
-    around = lowest.unsqueeze(1) + torch.arange(2 * math.ceil(support), dtype=torch.float64)
+    around = lowest.unsqueeze(1) + torch.arange(2 * math.ceil(support), dtype=torch.float32)
     distance = (around - places.unsqueeze(1)) * squeeze
     if mode == "cubic":
         weights = _cubic(distance, cubic_coeff_a)

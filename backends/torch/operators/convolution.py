@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -165,9 +164,11 @@ def conv_integer(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
 
 def qlinear_conv(node: OperatorNode, graph: GraphBuilder) -> fx.Node:
     low, high = bounds(node, node.dtype(7))
-    convolve = functools.partial(functions.convolve_exactly, **_exact(node, 3))
-    inputs = [tensor(node, i) for i in range(8)]
-    return graph.call(quantization.qlinear_conv, convolve, *inputs, node.input(8), low, high)
+    x = graph.call(quantization.centred, tensor(node, 0), tensor(node, 2))
+    weight = graph.call(quantization.centred, tensor(node, 3), tensor(node, 5), 0)
+    sums = graph.call(functions.convolve_exactly, x, weight, **_exact(node, 3))
+    scales = [tensor(node, i) for i in (1, 4, 6, 7)]
+    return graph.call(quantization.requantize_channels, sums, node.input(8), *scales, low, high)
 
 
 def col2im(node: OperatorNode, graph: GraphBuilder) -> fx.Node:

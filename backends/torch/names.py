@@ -12,9 +12,9 @@ from torch import fx, nn
 def state_keys(names: Iterable[str]) -> dict[str, str]:
     """A state-dict key for each initializer name: the name itself wherever torch can hold it.
 
-    A dot makes a submodule. Changed, by an underscore and perhaps a number at the end, are names that
-    an ``fx.GraphModule`` has a use for (``graph``, ``forward``), and names that are the submodule of
-    others (``a`` beside ``a.b``); empty parts (``a..b``) lose their dots.
+    A dot makes a submodule. Changed, by an underscore and perhaps a number at the end, are names that an
+    ``fx.GraphModule`` has a use for (``graph``, ``forward``) or Python (``class``), and names that are the
+    submodule of others (``a`` beside ``a.b``); where a part is at fault, dots become underscores.
 
     Args:
         names: all different.
@@ -45,7 +45,9 @@ def state_keys(names: Iterable[str]) -> dict[str, str]:
 
 def _parts_allowed(name: str) -> bool:
     parts = name.split(".")
-    if any(not part or part.startswith("__") for part in parts) or hasattr(fx.GraphModule, parts[0]):
+    if any(not part or part.startswith("__") or keyword.iskeyword(part) for part in parts) or hasattr(
+        fx.GraphModule, parts[0]
+    ):
         return False
     return parts[0] not in _RESERVED and not any(hasattr(_PLAIN, part) for part in parts)
 

@@ -27,7 +27,7 @@ def branch(
     otherwise_reads: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
     """ONNX If."""
-    if bool(condition):
+    if condition:
         return then(*then_reads)
     return otherwise(*otherwise_reads)
 

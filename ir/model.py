@@ -16,9 +16,6 @@ from effic.ir.tensors import Scratch
 RECORD_KEY = "effic.record"
 """Key of the model's metadata under which the record of passes is stored as JSON."""
 
-BUFFER_KEY = "effic.buffer"
-"""Key of an initializer's metadata: it is no parameter (say, running statistics); nobody trains it."""
-
 OPTIONAL_KEY = "effic.optional_inputs"
 """Key of the model's metadata with the names (a JSON list) of the inputs that are optional on purpose.
 

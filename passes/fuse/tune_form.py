@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from effic.ir.model import BUFFER_KEY, Model, constant_tensor, describe
+from effic.ir.model import Model, constant_tensor, describe
+from effic.ir.torch_capture import ROLE_KEY
 from effic.passes.fuse.affine import multiply_type
 from effic.passes.fuse.layers import ConvTransposeLayer, GatherLayer, GemmLayer, Layer
 from effic.passes.fuse.reading import NORM, Refused, float_attr, other_operand
@@ -187,7 +188,7 @@ def _live_norm(node: ir.Node, write: Writer, label: str) -> LiveMap:
         if value is None:
             raise Refused(f"{describe(node)} lacks an input")
         if name in ("mean", "variance"):
-            value.metadata_props[BUFFER_KEY] = "running statistics"
+            value.metadata_props[ROLE_KEY] = "buffer"
         values.append(write.vector(value, f"{label}{name}"))
     gamma, beta, mean, variance = values
     epsilon = write.number(f"{label}epsilon", np.array([float_attr(node, "epsilon", 1e-5)]))

@@ -13,8 +13,9 @@ from onnx.reference import ReferenceEvaluator
 
 from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.evaluate import Oracle
-from effic.ir.model import BUFFER_KEY, Model
+from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
+from effic.ir.torch_capture import ROLE_KEY
 from effic.ir.verify import verify
 from effic.models.builders import BUILDERS
 from effic.passes.base import Remarks
@@ -156,7 +157,7 @@ def test_parameters_keep_their_names_and_statistics_are_marked(make_net) -> None
     remarks = tune(model)
     after = {name: value.const_value for name, value in model.graph.initializers.items()}
     assert {name: id(tensor) for name, tensor in after.items()} == {n: id(t) for n, t in before.items()}
-    marked = {n for n, v in model.graph.initializers.items() if BUFFER_KEY in v.metadata_props}
+    marked = {n for n, v in model.graph.initializers.items() if v.metadata_props.get(ROLE_KEY) == "buffer"}
     assert marked == {"n_m", "n_v"}
     assert "on every run" in texts(remarks, "passed")
 
@@ -166,7 +167,7 @@ def test_the_mark_outlives_a_file(make_net, tmp_path) -> None:
     tune(model)
     model.save(tmp_path / "tuned.onnx")
     read = read_onnx(tmp_path / "tuned.onnx")
-    marked = {n for n, v in read.graph.initializers.items() if BUFFER_KEY in v.metadata_props}
+    marked = {n for n, v in read.graph.initializers.items() if v.metadata_props.get(ROLE_KEY) == "buffer"}
     assert marked == {"n_m", "n_v"}
     assert ops(read) == ops(model)
 

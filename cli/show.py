@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 WEIGHT_KINDS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather")
 """Operators whose weights passes rewrite; a kernel's own form is not worth a complaint."""
 
+SPARSE = 0.9
+"""Undeclared weights of a density up to this are listed as sparse; a few zeros are nothing to tell."""
+
 
 @click.command()
 @click.argument("model", type=click.Path())
@@ -61,6 +64,7 @@ def _print(shown: Shown, top: int) -> None:
         console.print_result(f"note: {note}")
     _print_ops(shown, top)
     _print_sites(shown)
+    _print_sparsity(shown)
     _print_movers(shown, top)
     if shown.record:
         console.print_result("", "made by effic with:")
@@ -130,6 +134,28 @@ def _print_sites(shown: Shown) -> None:
     for reason, names in reasons.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.print_result(f"not to be rewritten: {names[0]}{others}: {reason}")
+
+
+def _print_sparsity(shown: Shown) -> None:
+    """Weights with a declared pattern, and others a good part of which is zero."""
+    counts: Counter[tuple[str, str]] = Counter()
+    elements: Counter[tuple[str, str]] = Counter()
+    kept: Counter[tuple[str, str]] = Counter()
+    for site in shown.sites:
+        if site.density is None or (site.pattern is None and site.density > SPARSE):
+            continue
+        key, size = (site.kind, site.pattern or "none"), site.shape_oi[0] * site.shape_oi[1]
+        counts[key] += 1
+        elements[key] += size
+        kept[key] += round(site.density * size)
+    rows = [
+        [kind, pattern, str(counts[key]), console.amount(size), f"{100 * kept[key] / max(1, size):.1f}%"]
+        for key, size in elements.most_common()
+        for kind, pattern in [key]
+    ]
+    if rows:
+        header = ("sparse weights of", "declared pattern", ">sites", ">elements", ">not zero")
+        console.print_result("", console.table(*header, rows=rows))
 
 
 def _print_movers(shown: Shown, top: int) -> None:

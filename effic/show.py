@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from effic.ir.compressed import recognise_compressed, tensor_of
@@ -15,8 +16,12 @@ from effic.ir.cost import ModelCost, NodeCost, model_cost
 from effic.ir.encodings import Encoding, stored_bytes
 from effic.ir.model import Model, PassRecord, constant_tensor
 from effic.ir.onnx_format import read_onnx
+from effic.ir.sparsity import Pattern, declared
 from effic.ir.weights import WeightSite, weight_sites
 from effic.measure import Measurement, measure_model
+
+# Weights of a site that are looked at to tell how many are zero.
+_COUNTED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class SiteRow:
         bits: bits in the file per element, scales and the like included.
         bytes: as stored.
         why_not: why passes leave it alone, or None.
+        pattern: sparsity that is declared for it (``"2:4"``), or None.
+        density: fraction of it that is not zero (of a large weight, of an evenly spread part); None for
+            an encoded weight without a declared pattern.
     """
 
     name: str
@@ -62,6 +70,8 @@ class SiteRow:
     bits: float
     bytes: int
     why_not: str | None
+    pattern: str | None = None
+    density: float | None = None
 
 
 @dataclass
@@ -115,6 +125,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Shown:
     model = read_onnx(path)
     cost = model_cost(model)
     graph = model.ir
+    patterns = declared(model)
     return Shown(
         path=os.fspath(path),
         sha256=model.origin.sha256,
@@ -128,7 +139,8 @@ def inspect_model(path: str | os.PathLike[str]) -> Shown:
         measurement=measure_model(model, Path(path), cost),
         cost=cost,
         ops=_ops(cost),
-        sites=[_site(site) for site in weight_sites(model) if _is_stored(site)] + _kernel_sites(model),
+        sites=[_site(s, patterns.get(s.name)) for s in weight_sites(model) if _is_stored(s)]
+        + _kernel_sites(model),
         nodes=_movers(cost),
         notes=list(model.origin.notes),
         record=model.record,
@@ -173,7 +185,7 @@ def _is_stored(site: WeightSite) -> bool:
     return site.encoding is not None or tensor_of(site.value) is not None
 
 
-def _site(site: WeightSite) -> SiteRow:
+def _site(site: WeightSite, pattern: Pattern | None) -> SiteRow:
     rows, columns = site.shape_oi if site.shape else (0, 0)
     if site.encoding is not None:
         storage, nbytes = storage_text(site, site.encoding), stored_bytes(site.encoding)
@@ -193,7 +205,21 @@ def _site(site: WeightSite) -> SiteRow:
         bits=8 * nbytes / max(1, rows * columns),
         bytes=nbytes,
         why_not=site.why_not,
+        pattern=None if pattern is None else str(pattern),
+        density=None if pattern is None and site.encoding is not None else _density(site),
     )
+
+
+def _density(site: WeightSite) -> float | None:
+    """Fraction of a weight that is not zero; of a large one, over evenly spread rows."""
+    if not site.shape or not site.elements:
+        return None
+    with site.matrix() as matrix:
+        rows, columns = matrix.shape
+        # Steps are odd: down the rows patterns repeat in steps that mostly are even.
+        step = max(1, rows * columns // _COUNTED) | 1
+        part = matrix[::step]
+        return float(np.count_nonzero(part) / part.size)
 
 
 def storage_text(site: WeightSite, encoding: Encoding) -> str:

@@ -71,6 +71,19 @@ PRESETS: dict[str, Preset] = {
             ("eliminate-dead-code", "the floating-point weights have no reader left"),
         ),
     ),
+    "sparse-2-4": Preset(
+        "default, then 2 of every 4 weights zeroed, the others making up for them; needs calibration data",
+        (
+            *_CLEANUP,
+            ("reparameterize-branches", "before BN folding: each branch still has its norm"),
+            ("fuse-conv-bn", "before pruning: what a layer multiplies with is final"),
+            (
+                "prune-sparsegpt{n=2,m=4}",
+                "of the one-shot methods the one that moves outputs least, for a second or two per layer",
+            ),
+            ("eliminate-dead-code", "the parameters of the folded norms have no reader left"),
+        ),
+    ),
     "int8-static": Preset(
         "default, then 8-bit weights and activations for convolutional models; needs calibration data",
         (

@@ -11,7 +11,7 @@ from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.sparsity import Pattern, along_groups, declare, violations
 from effic.ir.weights import WeightSite, weight_sites
-from effic.passes.base import Numerics, Pass, Remarks, matches, option
+from effic.passes.base import Numerics, Pass, Remarks, option
 from effic.passes.sparsify.mask_files import mask_of, read_masks
 from effic.passes.sparsify.one_shot import Before, report, say_dense
 from effic.passes.sparsify.scores import Kept, NotFiniteError, pruned_blocks
@@ -39,7 +39,6 @@ class ApplyMasks(Pass):
     masks: str = option(help="the .npz or .safetensors file", example="masks.npz")
     n: int = option(2, help="weights kept of every m consecutive inputs of an output channel", ge=1)
     m: int = option(4, help="weights in a group", ge=2)
-    skip: tuple[str, ...] = option((), help="weights to leave alone: patterns of names")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +65,6 @@ class ApplyMasks(Pass):
     def _mask(self, site: WeightSite, array: np.ndarray) -> np.ndarray | str:
         """The mask of a weight as its stored matrix, or why it is not pruned."""
         pattern = Pattern(self.n, self.m)
-        if matches(site.name, self.skip):
-            return "is named in skip"
         if site.encoding is not None:
             return f"is already encoded, in {site.encoding.bits} bits; prune first, then encode"
         if site.why_not is not None:

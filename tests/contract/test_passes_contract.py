@@ -54,6 +54,7 @@ def adapter_options(model: Model, folder: Path, write_adapter: WriteAdapter) -> 
 ARGUMENTS: dict[str, Callable[[Model, Path, WriteAdapter], str]] = {
     "merge-lora": lambda model, folder, write: f"merge-lora{{{adapter_options(model, folder, write)}}}",
     "unmerge-lora": lambda model, folder, write: unmerge(model, folder, write),
+    "apply-masks": lambda model, folder, _: masks(model, folder),
 }
 
 
@@ -61,6 +62,18 @@ def unmerge(model: Model, folder: Path, write_adapter: WriteAdapter) -> str:
     options, kept = adapter_options(model, folder, write_adapter), folder / "kept.safetensors"
     run_passes(model, parse_passes(f'merge-lora{{{options},keep_original="{kept}"}}'), check="off")
     return f'unmerge-lora{{originals="{kept}"}}'
+
+
+def masks(model: Model, folder: Path) -> str:
+    """apply-masks, with a 2:4 mask for every matrix of a model."""
+    arrays = {}
+    for site in weight_sites(model, ("MatMul", "Gemm")):
+        if site.why_not is None and site.encoding is None:
+            kept = np.arange(site.shape_oi[1]) % 4 < 2
+            mask = np.broadcast_to(kept, site.shape_oi)
+            arrays[site.name] = np.array(mask if site.in_axis == 1 else mask.T).reshape(site.shape)
+    np.savez(folder / "masks.npz", **arrays)
+    return f'apply-masks{{masks="{folder / "masks.npz"}"}}'
 
 
 def instance(name: str, model: Model, folder: Path, write_adapter: WriteAdapter) -> Pass:
@@ -137,6 +150,8 @@ def test_presets_keep_every_seeded_model_right(name: str, built: str) -> None:
         "quantize-adadim{base=gptq,sketch=64}",
         "quantize-easyquant{lr=0.01}",
         "quantize-easyquant{optimizer=adam,steps=0,lr=0.01}",
+        "prune-magnitude{density=0.5,m=8}",
+        "prune-wanda{density=0.5,n=1}",
         "quantize-int8{reduce_range=true}",
         "quantize-int8{percentile=99}",
         "quantize-int8{mode=dynamic,first=float}",

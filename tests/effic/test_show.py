@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from click.testing import CliRunner
 
+from effic.cli.show import show
 from effic.ir.model import Model, PassRecord
 from effic.models.builders import BUILDERS
 from effic.show import inspect_model
@@ -76,3 +80,32 @@ def test_lowered_weights_are_named_too(tmp_path: Path, name: str, kind: str) -> 
     lowered = [site for site in shown.sites if site.kind == kind]
     assert lowered
     assert all(site.storage == "4-bit symmetric, blocks of 16" and 4 < site.bits <= 6 for site in lowered)
+
+
+def test_sparsity_is_shown(tmp_path: Path) -> None:
+    """Declared patterns with the density as it is, and zeros that nobody declared."""
+    rng = np.random.default_rng(0)
+    w, v, u = (rng.standard_normal((64, 64)).astype(np.float32) for _ in range(3))
+    w[2::4], w[3::4], v[:48] = 0, 0, 0
+    node = onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [
+            node("MatMul", ["x", "w"], ["a"]),
+            node("MatMul", ["a", "v"], ["b"]),
+            node("MatMul", ["b", "u"], ["y"]),
+        ],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, ["n", 64])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["n", 64])],
+        [onnx.numpy_helper.from_array(a, n) for n, a in (("w", w), ("v", v), ("u", u))],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    onnx.helper.set_model_props(proto, {"effic.sparsity": '{"w": "2:4"}'})
+    onnx.save(proto, tmp_path / "m.onnx")
+    rows = {site.name: (site.pattern, site.density) for site in inspect_model(tmp_path / "m.onnx").sites}
+    assert rows == {"w": ("2:4", 0.5), "v": (None, 0.25), "u": (None, 1.0)}
+    result = CliRunner().invoke(show, [str(tmp_path / "m.onnx")])
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["MatMul", "2:4", "1", "4096", "50.0%"] in lines, result.output
+    assert ["MatMul", "none", "1", "4096", "25.0%"] in lines

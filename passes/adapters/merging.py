@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -195,10 +196,7 @@ def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, i
     else:
         for array, weight in target.whole:
             merged += dtype(weight) * (array.astype(dtype) - base)
-    kept = merged.copy() if target.rows else merged
-    for numbers, values, weight in target.rows:
-        new = values.astype(dtype)
-        merged[numbers] = new if weight == 1.0 else merged[numbers] + dtype(weight) * (new - kept[numbers])
+    _replace_rows(merged, target.rows, dtype)
     silent = 0
     for rows, part in target.parts.items():
         view = _oriented(merged, place, part[0][0])
@@ -231,6 +229,19 @@ def _computed(target: Target, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, i
         if change is not None:
             merged += (change * (-weight if recipe.subtract else weight)).astype(dtype)
     return base, merged, silent
+
+
+def _replace_rows(
+    table: np.ndarray, rows: Sequence[tuple[np.ndarray, np.ndarray, float]], dtype: Dtype
+) -> None:
+    """Replace rows of a table in place; what several adapters make of one row is added up."""
+    before = {int(n): table[n].copy() for numbers, _, _ in rows for n in numbers}
+    times = Counter(int(n) for numbers, _, _ in rows for n in numbers)
+    for numbers, values, weight in rows:
+        for n, new in zip(numbers, values.astype(dtype), strict=True):
+            # A row of one adapter is what the file says, to the bit.
+            alone = times[int(n)] == 1 and weight == 1.0
+            table[n] = new if alone else table[n] + dtype(weight) * (new - before[int(n)])
 
 
 def _oriented(array: np.ndarray, place: Place, module: AdapterModule) -> np.ndarray:

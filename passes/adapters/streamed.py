@@ -141,7 +141,8 @@ class MergedTensor(ir.LazyTensor):
         """Room for some rows as stored and as computed: the same where the dtypes are."""
         stored, compute = np.dtype(self.dtype.numpy()), self.terms[0].left.dtype
         narrow = np.empty((rows, self.matrix_shape[1]), stored)
-        return narrow, narrow if stored == compute else narrow.astype(compute)
+        # Not by a cast: what happens to lie there may be no number, and casting it warns.
+        return narrow, narrow if stored == compute else np.empty(narrow.shape, compute)
 
     def _block(
         self, start: int, buffers: tuple[np.ndarray, np.ndarray], source: np.ndarray | None

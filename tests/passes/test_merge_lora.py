@@ -368,6 +368,24 @@ def test_weighted_sum_in_any_order(make_net: MakeNet, write_adapter: WriteAdapte
     close(value_of(model, "q.weight"), want)
 
 
+def test_rows_that_two_adapters_replace_are_added_up(
+    make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path
+) -> None:
+    table, one, two = normal(6, 4), normal(2, 4), normal(2, 4)
+    folders = [
+        write_adapter(
+            tmp_path / name, {"e.token_adapter.trainable_tokens_delta": rows}, trainable_token_indices=numbers
+        )
+        for name, rows, numbers in (("a", one, [4, 1]), ("b", two, [1, 0]))
+    ]
+    for order in (folders, folders[::-1]):
+        model = embedding_net(make_net, table)
+        merge(model, order)
+        got = value_of(model, "e.weight")
+        assert np.array_equal(got[[4, 0]], [one[0], two[1]]), "to the bit, where they are alone"
+        close(got[1], one[1] + two[0] - table[1])
+
+
 @pytest.mark.parametrize("combine", ["svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "linear"])
 def test_other_combinations_run(
     make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path, combine: str
@@ -481,3 +499,16 @@ def test_a_merged_tensor_is_the_same_however_it_is_read(tmp_path: Path, dtype: A
         merged.tofile(file)
     assert (tmp_path / "out").read_bytes() == got.tobytes() == merged.tobytes()
     assert terms[0].norm() == pytest.approx(np.linalg.norm(terms[0].left @ terms[0].right), rel=1e-5)
+
+
+def test_what_lies_in_memory_is_not_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers begin as anything: signalling NaN, for one, which a cast to a wider type warns of."""
+
+    def dirty(shape: tuple[int, int], dtype: Any) -> np.ndarray:
+        bits = np.full(shape, 0x7D01, np.uint16)
+        return bits.view(np.float16) if dtype == np.float16 else np.zeros(shape, dtype)
+
+    monkeypatch.setattr(np, "empty", dirty)
+    base = ir.Tensor(normal(4, 4).astype(np.float16), name="w")
+    term = Term((0, 4), (0, 4), normal(4, 1), normal(1, 4))
+    assert np.isfinite(MergedTensor(base, [term], (4, 4), "w").numpy()).all()

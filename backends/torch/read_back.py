@@ -58,6 +58,8 @@ def read_back(model: Model, module: nn.Module) -> Model:
             raise UsageError(
                 f"the module has no '{key}' any more; undo what replaced it (a parametrization, an adapter) first"
             )
+        if record is None:
+            _require_tied(value, trained, state)
         new = _changed(key, value.const_value, trained)
         if new is None:
             continue
@@ -66,8 +68,6 @@ def read_back(model: Model, module: nn.Module) -> Model:
                 f"'{key}' was changed, but its values are part of the module's code, which still computes with "
                 "the old ones; change it in the model and build the module again"
             )
-        if record is None:
-            _require_tied(value, trained, state)
         value.const_value = (
             new if isinstance(new, ir.PackedTensor) else result.scratch.tensor(slot.name, *new)
         )

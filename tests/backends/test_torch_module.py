@@ -217,8 +217,8 @@ def test_names_that_torch_can_hold_are_kept() -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("a", "a.b"), ("a.b", "a"), ("a", "a_", "a.b.c"), ("graph", "meta.x"), ("forward.w", "class", "b.def"), ("a..b", ".c", "d."),
-     ("training", "weight.parameters.x"), ("a", "a.b", "a.b.c")],
+    [("a", "a.b"), ("a.b", "a"), ("a", "a_", "a.b.c"), ("graph", "meta.x"), ("forward.w", "class", "b.def"),
+     ("a..b", ".c", "d."), ("training", "weight.parameters.x"), ("a", "a.b", "a.b.c")],
 )  # fmt: skip
 def test_names_that_collide_are_mapped(names: tuple[str, ...]) -> None:
     model = linear_with(*names)

@@ -58,6 +58,12 @@ REASONS = 8
     help="Check the numbers after each pass (default), at the end, or never.",
 )
 @loop_options
+@click.option(
+    "--keep-if-faster",
+    is_flag=True,
+    help="Time the model after each pass on the target, and undo what made it slower.",
+)
+@click.option("--threads", type=int, metavar="N", help="Threads for those timings.  [default: 1]")
 @click.option("--require-change", is_flag=True, help="Fail (exit code 1) when a pass changes nothing.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write the output.")
 @click.option(
@@ -90,6 +96,8 @@ def optimize(
     lora_map: str | None,
     seed: int | None,
     check: str | None,
+    keep_if_faster: bool,
+    threads: int | None,
     require_change: bool,
     dry_run: bool,
     print_after: tuple[str, ...],
@@ -140,6 +148,11 @@ def optimize(
     _lower(options, lower)
     if lora_map is not None:
         options["passes"] = _mapped(options["passes"], lora_map)
+    if threads is not None and not keep_if_faster:
+        raise UsageError("--threads does nothing without --keep-if-faster; leave it out")
+    if threads is not None:
+        options["threads"] = threads
+    options["keep_if_faster"] = keep_if_faster
     if require_change:
         options["require_change"] = True
     _known(print_after, options["passes"])
@@ -290,6 +303,8 @@ def _print(report: Report, dry_run: bool, report_file: str | None) -> None:
     )  # fmt: skip
     if report.accuracy is not None:
         print_accuracy(report.accuracy)
+    if report.speed is not None:
+        _print_speed(report.speed)
     _print_undone(report)
     _print_missed(report, report_file)
     if report.output is not None:
@@ -344,6 +359,15 @@ def _file_size(report: Report) -> str:
     if before is None:
         return f" ({console.size(after)})"
     return f" ({_move(before, after, console.size)}{_percent(before, after).replace(' (', ', ').rstrip(')')})"
+
+
+def _print_speed(speed: dict[str, Any]) -> None:
+    total = speed["total"]
+    console.print_result(
+        f"speed: {total['speedup']:.2f} times as fast as the original (quartiles "
+        f"{total['speedup_low']:.2f} … {total['speedup_high']:.2f}, {total['repeats']} turns each, "
+        f"{console.seconds(total['b']['median_ms'] / 1e3)} a run, threads {total['threads']})"
+    )
 
 
 def _print_undone(report: Report) -> None:

@@ -13,7 +13,7 @@ from effic.ir.evaluate import Oracle
 from effic.ir.model import Model
 from effic.metric_data import Images, MetricData
 from effic.metrics import Function, Metric, Reference, Run, Score, get_metric, paired_stderr, score
-from effic.passes.base import Numerics, Remarks
+from effic.passes.base import Numerics, Pass, Remarks
 from effic.passes.pipeline import Step
 
 OnDrop = Literal["rollback", "fail"]
@@ -132,7 +132,7 @@ class Guard:
         first = score(metric, run, data, reference=reference, progress=progress)
         return cls(metric, data, wanted, backend, reference, first, progress=progress)
 
-    def keep(self, model: Model, step: Step) -> str | None:
+    def keep(self, before: Model, model: Model, item: Pass, step: Step) -> str | None:
         """Score a model after a pass; a reason to undo the pass, or None.
 
         A pass that is exact bit for bit is not scored. What is scored is what the target would run.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from effic.faster import SpeedGuard
 from effic.guard import Accuracy, Guard
 from effic.ir.cost import ModelCost, model_cost
 from effic.ir.errors import CheckFailedError, UsageError
@@ -23,7 +24,7 @@ from effic.ir.verify import verify
 from effic.measure import file_bytes
 from effic.passes.base import CalibratedPass, Numerics, Pass, Remarks
 from effic.passes.calibration import SAMPLES, Calibration
-from effic.passes.pipeline import Check, Checker, Step, fingerprint, judge, run_passes
+from effic.passes.pipeline import Check, Checker, Instead, Keep, Step, fingerprint, judge, run_passes
 from effic.passes.presets import preset
 from effic.passes.spec import parse_passes, to_text
 
@@ -54,6 +55,7 @@ class Report:
         versions: effic and the packages that decide the result.
         calibration: the samples that passes looked at (source, digest, samples, random), or None.
         accuracy: the metric before and after, and what was allowed, or None.
+        speed: how fast the model was after each pass, beside the one before, and in the end, or None.
         model: the finished model.
     """
 
@@ -72,6 +74,7 @@ class Report:
     versions: dict[str, str]
     calibration: dict[str, Any] | None
     accuracy: dict[str, Any] | None
+    speed: dict[str, Any] | None
     model: Model = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +122,8 @@ def optimize(
     seed: int = 0,
     check: Check = "each",
     accuracy: Accuracy | None = None,
+    keep_if_faster: bool = False,
+    threads: int = 1,
     require_change: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -146,6 +151,8 @@ def optimize(
         check: ``each`` pass, ``final`` only, or ``off``.
         accuracy: a metric to score the model by, the data, and how much may be lost; see
             :class:`effic.guard.Accuracy`.
+        keep_if_faster: time the model after each pass on the target, and undo what made it slower.
+        threads: threads within one operator, for those timings.
         require_change: fail when a pass changes nothing.
         dry_run: do everything but write.
         force: allow writing over an existing file, the input included.
@@ -193,6 +200,11 @@ def optimize(
     if accuracy is not None:
         _tell(progress, "scoring the original", 0, steps_in_all)
         guard = Guard.begin(model, accuracy, backend)
+    speed = None
+    if keep_if_faster:
+        _tell(progress, "timing the original", 0, steps_in_all)
+        speed = SpeedGuard(model, backend, arrays, threads, calibration, seed)
+    keeps = [guard.keep for guard in (guard, speed) if guard is not None]
     result = run_passes(
         model,
         sequence,
@@ -200,7 +212,7 @@ def optimize(
         checker=checker,
         calibration=calibration,
         require_change=require_change,
-        keep=None if guard is None else guard.keep,
+        keep=_all_of(keeps),
         after_pass=after_pass,
         progress=None if progress is None else lambda text, i, n: progress(text, i, steps_in_all),
     )
@@ -219,6 +231,9 @@ def optimize(
     if guard is not None:
         _tell(progress, "scoring the result", len(sequence) + 1, steps_in_all)
         guard.finish(model)
+    if speed is not None:
+        _tell(progress, "timing the result", len(sequence) + 1, steps_in_all)
+        speed.finish(model)
     written, output_bytes = None, None
     if output is not None and not dry_run:
         sizes = [0]
@@ -245,8 +260,21 @@ def optimize(
         versions={p: version(p) for p in ("effic", "onnx", "onnx-ir", "onnxruntime", "numpy")},
         calibration=None if calibration is None else calibration.to_dict(),
         accuracy=None if guard is None else guard.to_dict(),
+        speed=None if speed is None else speed.to_dict(),
         model=model,
     )
+
+
+def _all_of(keeps: Sequence[Keep]) -> Keep | None:
+    """Keep what each of them would keep."""
+    if not keeps:
+        return None
+
+    def keep(before: Model, model: Model, item: Pass, step: Step) -> str | Instead | None:
+        verdicts = (each(before, model, item, step) for each in keeps)
+        return next((verdict for verdict in verdicts if verdict is not None), None)
+
+    return keep
 
 
 def _sequence(passes: str | Sequence[Pass] | None) -> list[Pass]:

@@ -35,8 +35,19 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 Check = Literal["each", "final", "off"]
-Keep = Callable[[Model, "Step"], str | None]
-"""Why what a pass did is to be undone, or None; may note a figure in the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instead:
+    """Another pass to run in place of one that is undone, and why."""
+
+    item: Pass
+    reason: str
+
+
+Keep = Callable[[Model, Model, Pass, "Step"], str | Instead | None]
+"""Called with the model before a pass, the model after it, the pass and its step, where figures may be
+noted: why what the pass did is to be undone, another pass to run instead, or None to keep it."""
 
 # A run holds the weights, the runtime's own copies of some, and the activations.
 _RUN_MEMORY = 1.5
@@ -372,13 +383,20 @@ def _run_one(
         outputs = None if checker is None else checker.outputs
         if checker is not None:
             step.distance, step.verdict = checker.check(model, item.numerics, item.name, before)
-        step.rolled_back = None if keep is None else keep(model, step)
-        if step.rolled_back is not None and before is not None:
+        verdict = None if keep is None or before is None else keep(before, model, item, step)
+        if verdict is not None and before is not None:
+            if checker is not None and outputs is not None:
+                checker.outputs = outputs
+            if isinstance(verdict, Instead):
+                model.ir = before.ir.clone()
+                model.forget_names()
+                step, cost, after = _run_one(model, verdict.item, cost, mark, checker, calibration, keep)
+                step.remarks.append(Remark("missed", to_text(item), verdict.reason))
+                return step, cost, after
+            step.rolled_back = verdict
             model.ir, after, step.changed = before.ir, mark, False
             model.forget_names()
             step.verdict = "rolled back"
-            if checker is not None and outputs is not None:
-                checker.outputs = outputs
         else:
             cost = model_cost(model, shapes=cost.shapes)
     step.bytes_after, step.nodes_after = cost.weight_bytes, cost.nodes

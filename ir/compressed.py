@@ -43,6 +43,7 @@ _NARROW = {ir.DataType.INT4: ir.DataType.INT8, ir.DataType.UINT4: ir.DataType.UI
 
 # 2:4 groups of 4-bit codes: values of a byte, and codes.
 _LOOKUP_BYTES, _LOOKUP_CODES = 256, 16
+_GROUPS = _LOOKUP_BYTES * _LOOKUP_CODES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,115 +191,101 @@ class _Writer:
         if core is not None:
             notes = {"pattern": pattern, "weight": self.name}
             core.metadata_props[COMPRESSED_KEY] = json.dumps(notes, separators=(",", ":"))
-        value = self.laid_out(whole, parts, wide)
+        value = self.laid_out(whole, parts)
         if parts.zero_points is not None:
             value = self.shifted(value, parts, wide)
         if wide != parts.dtype:
-            value = self.node("Cast", [value], "narrow", parts.dtype, parts.shape, to=int(parts.dtype))
+            value = self.node("Cast", [value], "narrow", to=int(parts.dtype))
+        # Those in between need none, and would take as much of a small file as the nodes themselves.
+        value.type, value.shape = ir.TensorType(parts.dtype), ir.Shape(parts.shape)
         return value
 
     def scattered(self, parts: Parts, wide: ir.DataType) -> ir.Value:
         units = int(parts.values.shape[0])  # type: ignore[arg-type]
-        kept = tuple(parts.values.shape.numpy())
-        int32 = ir.DataType.INT32
         values = self.constant("nm_values", parts.values)
         if wide != parts.dtype:
-            values = self.node("Cast", [values], "nm_wide", wide, kept, to=int(wide))
+            values = self.node("Cast", [values], "nm_wide", to=int(wide))
         codes = self.constant("nm_codes", parts.codes)
-        shape = tuple(parts.codes.shape.numpy())
-        places = self.node("Cast", [codes], "nm_numbers", int32, shape, to=int(int32))
+        places = self.node("Cast", [codes], "nm_numbers", to=int(ir.DataType.INT32))
         if parts.table is not None:
             table = self.tables.constant(self.graph, f"nm_positions_{parts.unit}", parts.table)
-            places = self.node("Gather", [table, places], "nm_positions", int32, kept, axis=0)
+            places = self.node("Gather", [table, places], "nm_positions", axis=0)
         zero = self.tables.constant(self.graph, f"nm_zero_{wide.name.lower()}", np.zeros((), wide.numpy()))
-        target = self.tables.constant(
-            self.graph, f"{self.name}.nm_shape", np.array([units, parts.unit], np.int64)
-        )
-        base = self.node("Expand", [zero, target], "nm_zeros", wide, (units, parts.unit))
-        return self.node(
-            "ScatterElements", [base, places, values], "nm_spread", wide, (units, parts.unit), axis=1
-        )
+        target = self.shape_of((units, parts.unit))
+        base = self.node("Expand", [zero, target], "nm_zeros")
+        return self.node("ScatterElements", [base, places, values], "nm_spread", axis=1)
 
     def looked_up(self, parts: Parts, wide: ir.DataType) -> ir.Value:
-        int32, shape = ir.DataType.INT32, tuple(parts.codes.shape.numpy())
-        lookup = self.tables.constant(
-            self.graph, f"nm_groups_{wide.name.lower()}", lookup_table(parts.dtype).view(wide.numpy())
-        )
+        table = lookup_table(parts.dtype).view(wide.numpy())
+        lookup = self.tables.constant(self.graph, f"nm_groups_{wide.name.lower()}", table)
         width = self.tables.constant(self.graph, "nm_bytes", np.array(_LOOKUP_BYTES, np.int32))
         numbers = []
         for role, tensor in (("nm_codes", parts.codes), ("nm_values", parts.values)):
             stored = self.constant(role, tensor)
-            numbers.append(self.node("Cast", [stored], f"{role}_wide", int32, shape, to=int(int32)))
-        high = self.node("Mul", [numbers[0], width], "nm_rows", int32, shape)
-        index = self.node("Add", [high, numbers[1]], "nm_numbers", int32, shape)
-        return self.node("Gather", [lookup, index], "nm_spread", wide, (*shape, parts.unit), axis=0)
+            numbers.append(self.node("Cast", [stored], f"{role}_wide", to=int(ir.DataType.INT32)))
+        high = self.node("Mul", [numbers[0], width], "nm_rows")
+        index = self.node("Add", [high, numbers[1]], "nm_numbers")
+        return self.node("Gather", [lookup, index], "nm_spread", axis=0)
 
-    def laid_out(self, value: ir.Value, parts: Parts, wide: ir.DataType) -> ir.Value:
+    def laid_out(self, value: ir.Value, parts: Parts) -> ir.Value:
         """From units to the tensor's own order and shape."""
         outer, length, inner = parts.along
         rows = outer * inner
         padded = -(-length // parts.unit) * parts.unit
         if padded != length:
-            value = self.reshape(value, (rows, padded), "nm_vectors", wide)
+            value = self.reshape(value, (rows, padded), "nm_vectors")
             bounds = [
-                self.tables.constant(self.graph, f"{self.name}.{role}", np.array([number], np.int64))
-                for role, number in (("nm_start", 0), ("nm_stop", length), ("nm_axis", 1))
+                self.tables.constant(self.graph, f"nm_bound_{number}", np.array([number], np.int64))
+                for number in (0, length, 1)
             ]
-            value = self.node("Slice", [value, *bounds], "nm_cut", wide, (rows, length))
+            value = self.node("Slice", [value, *bounds], "nm_cut")
         if inner == 1:
-            return self.reshape(value, parts.shape, "nm_whole", wide)
-        value = self.reshape(value, (outer, inner, length), "nm_turned", wide)
-        value = self.node("Transpose", [value], "nm_order", wide, parts.along, perm=[0, 2, 1])
-        return self.reshape(value, parts.shape, "nm_whole", wide)
+            return self.reshape(value, parts.shape, "nm_whole")
+        value = self.reshape(value, (outer, inner, length), "nm_turned")
+        value = self.node("Transpose", [value], "nm_order", perm=[0, 2, 1])
+        return self.reshape(value, parts.shape, "nm_whole")
 
     def shifted(self, value: ir.Value, parts: Parts, wide: ir.DataType) -> ir.Value:
         """Add the zero points back."""
         assert parts.zero_points is not None
         zero, axis, block = parts.zero_points
         points = constant_tensor(zero)
-        shape = () if points is None else tuple(points.shape.numpy())
-        if wide != parts.dtype:
-            zero = self.node("Cast", [zero], "nm_zero_points", wide, shape, to=int(wide))
+        scalar = points is None or not points.shape.numpy()
         whole = parts.shape
-        if not shape:
-            return self.node("BitwiseXor", [value, zero], "nm_shifted", wide, whole)
+        if wide != parts.dtype:
+            zero = self.node("Cast", [zero], "nm_zero_points", to=int(wide))
+        if scalar:
+            return self.node("BitwiseXor", [value, zero], "nm_shifted")
         if not block:
-            across = tuple(-1 if i == axis else 1 for i in range(len(whole)))
-            zero = self.reshape(zero, across, "nm_across", wide)
-            return self.node("BitwiseXor", [value, zero], "nm_shifted", wide, whole)
+            zero = self.reshape(zero, tuple(-1 if i == axis else 1 for i in range(len(whole))), "nm_across")
+            return self.node("BitwiseXor", [value, zero], "nm_shifted")
         if whole[axis] % block:
             numbers = (np.arange(whole[axis]) // block).astype(np.int32)
-            spread = self.tables.constant(self.graph, f"{self.name}.nm_blocks", numbers)
-            zero = self.node("Gather", [zero, spread], "nm_spread_points", wide, whole, axis=axis)
-            return self.node("BitwiseXor", [value, zero], "nm_shifted", wide, whole)
+            spread = self.tables.constant(self.graph, f"nm_blocks_{block}", numbers)
+            zero = self.node("Gather", [zero, spread], "nm_spread_points", axis=axis)
+            return self.node("BitwiseXor", [value, zero], "nm_shifted")
         # An axis for the block lets one zero point stand for all of it.
         split = (*whole[:axis], whole[axis] // block, block, *whole[axis + 1 :])
-        points_shape = tuple(1 if i == axis + 1 else size for i, size in enumerate(split))
-        value = self.reshape(value, split, "nm_split", wide)
-        zero = self.reshape(zero, points_shape, "nm_across", wide)
-        value = self.node("BitwiseXor", [value, zero], "nm_shifted", wide, split)
-        return self.reshape(value, whole, "nm_joined", wide)
+        value = self.reshape(value, split, "nm_split")
+        across = tuple(1 if i == axis + 1 else size for i, size in enumerate(split))
+        zero = self.reshape(zero, across, "nm_across")
+        value = self.node("BitwiseXor", [value, zero], "nm_shifted")
+        return self.reshape(value, whole, "nm_joined")
 
     def constant(self, role: str, tensor: ir.TensorProtocol) -> ir.Value:
         return self.model.add_initializer(self.graph, f"{self.name}.{role}", tensor)
 
-    def reshape(self, value: ir.Value, shape: tuple[int, ...], role: str, dtype: ir.DataType) -> ir.Value:
-        target = self.tables.constant(self.graph, f"{self.name}.{role}_shape", np.asarray(shape, np.int64))
-        return self.node("Reshape", [value, target], role, dtype, shape)
+    def shape_of(self, shape: tuple[int, ...]) -> ir.Value:
+        name = "nm_shape_" + "x".join(map(str, shape))
+        return self.tables.constant(self.graph, name, np.asarray(shape, np.int64))
 
-    def node(
-        self,
-        op_type: str,
-        inputs: list[ir.Value],
-        role: str,
-        dtype: ir.DataType,
-        shape: tuple[int, ...],
-        **attributes: Any,
-    ) -> ir.Value:
+    def reshape(self, value: ir.Value, shape: tuple[int, ...], role: str) -> ir.Value:
+        return self.node("Reshape", [value, self.shape_of(shape)], role)
+
+    def node(self, op_type: str, inputs: list[ir.Value], role: str, **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes)
         value = node.outputs[0]
-        value.name = node.name = self.model.unique_name(f"{self.name}.{role}")
-        value.type, value.shape = ir.TensorType(dtype), ir.Shape(abs(d) for d in shape)
+        value.name = self.model.unique_name(f"{self.name}.{role}")
         self.graph.insert_before(self.before, node)
         return value
 
@@ -373,10 +360,12 @@ def _core(value: ir.Value | None) -> ir.Node | None:
         return None
     first = node.inputs[0]
     if node.op_type == "Gather":
-        # All the groups there are, looked up by what is computed from codes.
+        # All the groups there are, looked up by what is computed from codes; a backend may have two
+        # 4-bit codes in a byte.
         groups = constant_tensor(first)
-        bytewise = groups is not None and groups.dtype in _NARROW.values()
-        return node if bytewise and tuple(groups.shape) == (_LOOKUP_CODES * _LOOKUP_BYTES, 4) else None  # type: ignore[union-attr]
+        if groups is None or groups.dtype not in _NARROW.values():
+            return None
+        return node if tuple(groups.shape) in ((_GROUPS, 4), (_GROUPS, 2)) else None
     source = first.producer() if first is not None else None
     if source is None or source.op_type != "Expand" or source.domain not in ONNX_DOMAINS:
         return None

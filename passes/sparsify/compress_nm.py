@@ -20,9 +20,10 @@ from effic.passes.sparsify.nm_codec import Storage, storage_of
 
 _OPSET = 21
 
-# What the nodes and small constants of one weight take in a file, measured: they are worth it only
-# for weights that save more.
-_GRAPH_BYTES = 2000
+# What the nodes and small constants of one weight take in a file, and those that add zero points, as
+# measured: they are worth it only for weights that save more.
+_GRAPH_BYTES = 1000
+_SHIFT_BYTES = 500
 
 # 2:4 groups of 4-bit codes are looked up whole from so many on: five times as fast to load, and the
 # table of 16 KiB is then a small part of what is saved.
@@ -150,8 +151,8 @@ def _compress(model: Model, site: WeightSite, pattern: Pattern, tables: _Charged
         looked_up = kind in _4_BIT and str(pattern) == "2:4" and bits >= 12 * _LOOKED_UP
         table, price = tables.price(site.graph, storage, kind, looked_up)
         after = -(-bits // 8)
-        if after + price + _GRAPH_BYTES >= before:
-            total = after + price + _GRAPH_BYTES
+        total = after + price + _GRAPH_BYTES + _shift_bytes(encoding)
+        if total >= before:
             return (
                 f"would not get smaller: {before} bytes dense, {total} as {pattern} with what decompresses it"
             )
@@ -192,6 +193,15 @@ def _compress(model: Model, site: WeightSite, pattern: Pattern, tables: _Charged
         f"positions per {storage.unit} weights",
         "lost_negative_zeros": lost,
     }
+
+
+def _shift_bytes(encoding: Encoding | None) -> int:
+    """What adding zero points takes in a file."""
+    if encoding is None or encoding.zero_points is None:
+        return 0
+    length = encoding.codes.shape.numpy()[encoding.axis] if encoding.block_size else 0
+    # Blocks that do not divide the axis are numbered, four bytes each.
+    return _SHIFT_BYTES + (4 * length if encoding.block_size and length % encoding.block_size else 0)
 
 
 class _codes:

@@ -17,8 +17,8 @@ from effic.passes.calibration import Calibration
 from effic.passes.pipeline import run_passes
 from effic.passes.quantize.affine import Grid
 from effic.passes.quantize.gptq import factorise, gptq, pruned
-from effic.passes.spec import parse_passes
 from effic.passes.sparsify.compress_nm import CompressNM
+from effic.passes.spec import parse_passes
 
 SIZE = 64
 QUANTIZERS = [

@@ -130,23 +130,28 @@ class MergeLora(Pass):
         digest: str | None,
         remarks: Remarks,
     ) -> None:
-        recipe = recipe_of(self)
+        # Adapters are merged once, so that those of a merge tell it from the others.
+        recipe = dataclasses.replace(recipe_of(self), mark="+".join(a.digest[:16] for a, _ in adapters))
         record = MergeRecord(
             adapters=[(adapter.name, adapter.digest, weight) for adapter, weight in adapters],
             text=to_text(dataclasses.replace(self, adapters=("-",), map="", keep_original="")),
             places=[(path, LEFT_OUT, None) for path in left_out],
             constants={},
             originals=digest,
-            exact=all(additive(target) for target in targets),
+            exact=all(additive(target, self.requantize) for target in targets),
         )
+        kept_branch = False
         for target in targets:
             original = target.place.name
             result = merge(model, target, recipe)
+            kept_branch |= result.kept_branch
             report(remarks, target, result)
             name = result.name or original
             record.places.extend((path, name, rows) for path, rows in _paths(target))
-            if result.name is not None:
+            if result.name is not None and not result.kept_branch:
                 record.constants[name] = original
+        if kept_branch:
+            record = dataclasses.replace(record, branches=recipe.mark)
         write_merges(model, [*read_merges(model), record])
 
 
@@ -234,10 +239,12 @@ def plan(
     return targets, left_out
 
 
-def additive(target: Target) -> bool:
-    """Whether what is done to a constant can be undone by taking the same delta away."""
+def additive(target: Target, requantize: str) -> bool:
+    """Whether what is done to a constant can be undone by taking the same delta or branch away."""
     site = target.place.site
-    if target.whole or target.rows or (site is not None and site.encoding is not None):
+    if site is not None and site.encoding is not None:
+        return requantize == "keep_branch"
+    if target.whole or target.rows:
         return False
     return all(
         is_plain(module) or module.method == "s2ft" or (module.kind == "expert" and module.init is True)

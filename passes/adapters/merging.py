@@ -46,6 +46,7 @@ class Recipe:
         requantize: what becomes of encoded weights.
         dtype: what is computed in.
         subtract: take the deltas away instead.
+        mark: of the branches that are kept beside encoded weights.
     """
 
     combine: Combine = "delta_sum"
@@ -60,6 +61,7 @@ class Recipe:
     rank_scale: RankScale = "alpha_over_b"
     dtype: Dtype = np.float32
     subtract: bool = False
+    mark: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +342,7 @@ def _keep_branch(model: Model, target: Target, site: WeightSite, recipe: Recipe)
         return Merged(None)
     stored = site.dtype.numpy()
     base = site.read()
-    add_branch(model, uses, site.name, a.astype(stored), b.astype(stored))
+    add_branch(model, uses, site.name, a.astype(stored), b.astype(stored), recipe.mark)
     return Merged(site.name, _relative(size, norm(base)), kept_branch=True)
 
 

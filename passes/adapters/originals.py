@@ -36,6 +36,7 @@ class MergeRecord:
         constants: the constants that were changed: their names now, and what the originals are called.
         originals: sha256 of the file of originals, or None.
         exact: whether the deltas can be taken away again without it.
+        branches: what the branches beside encoded weights are marked with, or None where there are none.
     """
 
     adapters: list[tuple[str, str, float]]
@@ -44,6 +45,7 @@ class MergeRecord:
     constants: dict[str, str]
     originals: str | None
     exact: bool
+    branches: str | None = None
 
     @property
     def digests(self) -> list[str]:
@@ -66,6 +68,7 @@ def read_merges(model: Model) -> list[MergeRecord]:
                 {str(name): str(original) for name, original in row["constants"].items()},
                 None if row["originals"] is None else str(row["originals"]),
                 bool(row["exact"]),
+                None if row.get("branches") is None else str(row["branches"]),
             )
             for row in rows
         ]

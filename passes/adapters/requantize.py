@@ -14,9 +14,13 @@ from effic.ir.encodings import Encoding, Outliers, code_tensor
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import Model, describe
 from effic.ir.weights import WeightUse
+from effic.passes.cleanup.scopes import prune
 from effic.passes.quantize.affine import Grid, parameters
 
 Requantize = Literal["new_params", "keep_params", "none", "keep_branch"]
+
+BRANCH_KEY = "effic.lora_branch"
+"""Metadata of the sum that ends a branch: the merge it was made by, for taking it away again."""
 
 _SIGNED = (ir.DataType.INT2, ir.DataType.INT4, ir.DataType.INT8)
 
@@ -105,7 +109,9 @@ def why_no_branch(uses: Sequence[WeightUse]) -> str | None:
     return None
 
 
-def add_branch(model: Model, uses: Sequence[WeightUse], name: str, a: np.ndarray, b: np.ndarray) -> None:
+def add_branch(
+    model: Model, uses: Sequence[WeightUse], name: str, a: np.ndarray, b: np.ndarray, mark: str
+) -> None:
     """Write ``y = base(x) + (x·Aᵀ)·Bᵀ`` at every use of a weight.
 
     Args:
@@ -114,6 +120,7 @@ def add_branch(model: Model, uses: Sequence[WeightUse], name: str, a: np.ndarray
         name: the weight's name; the constants are called ``name.lora_A`` and ``name.lora_B``.
         a: ``[r, in]`` in the dtype of the weight.
         b: ``[out, r]``, σ and the adapter's weight in it.
+        mark: what :func:`remove_branches` knows the branch by.
 
     Raises:
         UnsupportedError: no graph owns a node.
@@ -143,10 +150,26 @@ def add_branch(model: Model, uses: Sequence[WeightUse], name: str, a: np.ndarray
             made.outputs[0].type = out.type
         outer.outputs[0].shape = add.outputs[0].shape = out.shape
         owner.insert_after(node, [inner, outer, add])
+        add.metadata_props[BRANCH_KEY] = mark
         model.replace_value(out, add.outputs[0])
         if out.name is None:
             out.name = model.unique_name(f"{name}.base")
         add.replace_input_with(0, out)
+
+
+def remove_branches(model: Model, mark: str) -> list[str]:
+    """Take the branches of a mark away; the names of the nodes they stood beside."""
+    found = [node for node in model.nodes("Add") if node.metadata_props.get(BRANCH_KEY) == mark]
+    names = []
+    for add in found:
+        base, branch = add.inputs
+        if base is None or branch is None:
+            continue
+        node = base.producer()
+        names.append(describe(node) if node is not None else str(base.name))
+        model.replace_value(add.outputs[0], base)
+        prune([add])
+    return names
 
 
 def norm(array: np.ndarray) -> float:

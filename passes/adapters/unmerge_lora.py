@@ -18,6 +18,7 @@ from effic.passes.adapters.originals import (
     restore,
     write_merges,
 )
+from effic.passes.adapters.requantize import remove_branches
 from effic.passes.base import Numerics, Pass, Remarks, option
 from effic.passes.spec import parse_passes
 
@@ -78,7 +79,13 @@ class UnmergeLora(Pass):
         mapping = {path: MapEntry(name, rows) for path, name, rows in record.places}
         adapters = [(given[digest], weight) for _, digest, weight in record.adapters]
         recipe = dataclasses.replace(recipe_of(item), subtract=True)
-        for target in plan(item, model, adapters, mapping)[0]:
+        targets = plan(item, model, adapters, mapping)[0]
+        _take_branches_away(model, record, remarks)
+        for target in targets:
+            site = target.place.site
+            if site is not None and site.encoding is not None:
+                # Its branch is gone already.
+                continue
             done = merge(model, target, recipe)
             if done.name is None:
                 remarks.missed(target.path, "the adapter adds nothing here, so nothing is taken away")
@@ -121,3 +128,22 @@ def _put_back(model: Model, path: str, record: MergeRecord, remarks: Remarks) ->
             raise InvalidModelError(f"the model has no '{name}' any more, so its original cannot be put back")
         restore(model, kept, place, original)
         remarks.passed(name, "the original is put back")
+    _take_branches_away(model, record, remarks)
+
+
+def _take_branches_away(model: Model, record: MergeRecord, remarks: Remarks) -> None:
+    """Remove what was kept beside encoded weights.
+
+    Raises:
+        InvalidModelError: it is not there any more, so that it may be part of something else by now.
+    """
+    if record.branches is None:
+        return
+    names = remove_branches(model, record.branches)
+    if not names:
+        raise InvalidModelError(
+            "the branches that were kept beside encoded weights are not to be found any more, so they cannot "
+            "be taken away"
+        )
+    for name in names:
+        remarks.passed(name, "the branch beside it is taken away")

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from effic.ir.errors import UnsupportedError, UsageError
+from effic.ir.errors import InvalidModelError, UnsupportedError, UsageError
+from effic.ir.evaluate import Oracle
 from effic.ir.onnx_format import read_onnx
-from tests.passes.adapter_nets import MakeNet, WriteAdapter, linear, lora, merge, normal, value_of
+from effic.ir.safetensors_format import read_safetensors, write_safetensors
+from tests.passes.adapter_nets import (
+    MakeNet,
+    WriteAdapter,
+    encoded_net,
+    linear,
+    lora,
+    merge,
+    normal,
+    value_of,
+)
 
 
 def test_twice_is_once_also_through_a_file(
@@ -85,3 +98,54 @@ def test_somebody_elses_metadata(
     model = linear(make_net)
     model.ir.metadata_props["effic.adapters"] = text
     assert merge(model, write_adapter(tmp_path / "a", lora("q", 3, 4))).count("passed") == 1
+
+
+@pytest.mark.parametrize("by", ["originals", "adapters"])
+def test_a_branch_is_taken_away(
+    make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path, by: str
+) -> None:
+    model, x = encoded_net(make_net, normal(64, 48), "bits=4,group_size=32"), normal(5, 64)
+    before, nodes = Oracle(model).run({"x": x})["y"], [node.op_type for node in model.graph]
+    first, second = (write_adapter(tmp_path / name, lora("q", 48, 64)) for name in "ab")
+    kept = tmp_path / "kept.safetensors"
+    merge(model, first, requantize="keep_branch", keep_original=kept)
+    once = Oracle(model).run({"x": x})["y"]
+    merge(model, second, requantize="keep_branch")
+    model.save(tmp_path / "m.onnx")
+    model = read_onnx(tmp_path / "m.onnx")
+    remarks = merge(model, second, name="unmerge-lora")
+    assert [r.text for r in remarks.items] == ["the branch beside it is taken away"]
+    assert np.array_equal(Oracle(model).run({"x": x})["y"], once)
+    if by == "originals":
+        merge(model, [], name="unmerge-lora", originals=kept)
+    else:
+        merge(model, first, name="unmerge-lora")
+    assert [node.op_type for node in model.graph] == nodes
+    assert np.array_equal(Oracle(model).run({"x": x})["y"], before)
+    assert not [name for name in model.graph.initializers if "lora" in name]
+
+
+def test_a_branch_that_is_gone(make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path) -> None:
+    model = encoded_net(make_net, normal(64, 48), "bits=4,group_size=32")
+    folder = write_adapter(tmp_path / "a", lora("q", 48, 64))
+    merge(model, folder, requantize="keep_branch")
+    for node in model.graph:
+        node.metadata_props.pop("effic.lora_branch", None)
+    with pytest.raises(InvalidModelError, match="not to be found any more"):
+        merge(model, folder, name="unmerge-lora")
+
+
+def test_originals_that_are_damaged(make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path) -> None:
+    """The model's record is of whoever wrote the model, and may vouch for any file."""
+    model = encoded_net(make_net, normal(64, 48), "bits=4,group_size=32")
+    kept = tmp_path / "kept.safetensors"
+    merge(model, write_adapter(tmp_path / "a", lora("q", 48, 64)), keep_original=kept)
+    file = read_safetensors(kept)
+    for text in ("[", "[]", '{"q.weight": {}}', '{"q.weight": {"type": 3}}'):
+        write_safetensors(kept, {k: np.array(v) for k, v in file.tensors.items()}, {"effic.encodings": text})
+        (record,) = json.loads(model.ir.metadata_props["effic.adapters"])
+        record["originals"] = hashlib.sha256(kept.read_bytes()).hexdigest()
+        other = model.clone()
+        other.ir.metadata_props["effic.adapters"] = json.dumps([record])
+        with pytest.raises(InvalidModelError, match="or is damaged; nothing was restored"):
+            merge(other, [], name="unmerge-lora", originals=kept)

@@ -161,7 +161,8 @@ def _lstm(
         forget = 1 - entry if input_forget else activate(see(f, 2, memory), activations[0], clip)
         memory = forget * memory + entry * activate(g, activations[1], clip)
         exit_ = activate(see(o, 1, memory), activations[0], clip)
-        return exit_ * activate(memory, activations[2], clip), memory
+        # The clip bounds what goes into the gates; the memory is none, for ONNX Runtime as well.
+        return exit_ * activate(memory, activations[2], None), memory
 
     return _scan(_project(x, w, wb, rb), (h, c), cell, lengths, reverse)
 

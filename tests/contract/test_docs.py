@@ -38,8 +38,9 @@ def test_links_in_the_readme_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_python_in_the_readme_runs(tmp_path, monkeypatch) -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/torch.md"])
+def test_python_in_the_pages_runs(page: str, tmp_path, monkeypatch) -> None:
+    text = (ROOT / page).read_text()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.onnx").write_bytes((ROOT / "models" / "digits.onnx").read_bytes())
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
@@ -49,4 +50,4 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch) -> None:
             pytest.importorskip("torch")
         module = types.ModuleType("readme")
         monkeypatch.setitem(sys.modules, "readme", module)  # dataclasses look their module up
-        exec(compile(block, "README.md", "exec"), vars(module))
+        exec(compile(block, page, "exec"), vars(module))

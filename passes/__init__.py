@@ -38,6 +38,7 @@ PASSES: dict[str, str] = {
     "quantize-adadim": "effic.passes.quantize.quantize_adadim:QuantizeAdaDim",
     "quantize-awq": "effic.passes.quantize.quantize_awq:QuantizeAWQ",
     # sparsify: fewer weights
+    "permute-channels": "effic.passes.sparsify.permute_channels:PermuteChannels",
     "prune-magnitude": "effic.passes.sparsify.prune_magnitude:PruneMagnitude",
     "prune-wanda": "effic.passes.sparsify.prune_wanda:PruneWanda",
     "prune-sparsegpt": "effic.passes.sparsify.prune_sparsegpt:PruneSparseGPT",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from effic.backends.torch.types import torch_dtype
 from effic.ir.encodings import code_tensor
 from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.model import Model
+from effic.ir.sparsity import broken, declare
 from effic.ir.tensors import borrow
 from effic.ir.torch_capture import ALIASES_KEY
 
@@ -26,7 +28,7 @@ def read_back(model: Model, module: nn.Module) -> Model:
     Names, shapes and element types stay those of the model (a module that was moved to another float type
     is rounded to the model's). Weights that did not change keep their tensors. Running statistics and
     other buffers are written like weights; so are the scales and codes of an encoded weight, which stays
-    encoded.
+    encoded. An N:M pattern that training broke is no longer declared; the result's origin has a note of it.
 
     Args:
         model: the model the module was made from, or one with the same initializers; not changed.
@@ -72,7 +74,20 @@ def read_back(model: Model, module: nn.Module) -> Model:
             new if isinstance(new, ir.PackedTensor) else result.scratch.tensor(slot.name, *new)
         )
         value.const_value.name = slot.name
+    _withdraw_patterns(result)
     return result
+
+
+def _withdraw_patterns(model: Model) -> None:
+    """Take back what is declared of weights that no longer have it."""
+    notes = []
+    for name, pattern, count, groups in broken(model):
+        declare(model, name, None)
+        notes.append(
+            f"training broke the {pattern} pattern of {name} in {count:,} of {groups:,} groups; "
+            "sparsity is no longer declared for it"
+        )
+    model.origin = dataclasses.replace(model.origin, notes=(*model.origin.notes, *notes))
 
 
 def _slots(graph: ir.Graph, state: Mapping[str, Any]) -> dict[str, Slot]:

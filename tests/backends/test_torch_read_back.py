@@ -16,6 +16,7 @@ from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.evaluate import Oracle
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
+from effic.ir.sparsity import declared
 from effic.ir.torch_capture import ROLE_KEY
 from effic.models import builders
 from effic.models.sketch import Sketch
@@ -332,3 +333,17 @@ def test_metadata_of_a_tied_weight_is_kept() -> None:
     step(rebuilt, x)
     value = effic.read_back(model, rebuilt).graph.initializers["embed.weight"]
     assert json.loads(value.metadata_props["effic.aliases"]) == ["head.weight"]
+
+
+def test_a_pattern_that_training_broke_is_no_longer_declared() -> None:
+    model = Model(builders.encoder())
+    run_passes(model, parse_passes("prune-magnitude{n=2,m=4}"), check="off")
+    names = sorted(declared(model))
+    assert len(names) > 1
+    module = effic.to_module(model)
+    with torch.no_grad():
+        module.get_parameter(names[0]).fill_(1.0)
+    result = effic.read_back(model, module)
+    assert sorted(declared(result)) == names[1:]
+    assert any(names[0] in note for note in result.origin.notes)
+    assert sorted(declared(model)) == names

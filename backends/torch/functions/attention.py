@@ -11,7 +11,7 @@ def heads(x: Tensor, count: int | None) -> Tensor:
     """``[batch, sequence, heads · size]`` as ``[batch, heads, sequence, size]``."""
     if x.ndim == 4 or count is None:
         return x
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    return x.reshape(x.size(0), x.size(1), count, -1).transpose(1, 2)
 
 
 def attention(
@@ -165,7 +165,7 @@ def rotary(
         cos, sin = F.embedding(positions, cos), F.embedding(positions, sin)
     flat = x.ndim == 3
     if flat:
-        x = x.unflatten(-1, (count, -1)).transpose(1, 2)
+        x = heads(x, count)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = x if width == 0 else x[..., :width]
     if interleaved:

@@ -15,12 +15,17 @@ NAMES = (
     "input_group_forms",
     "outlier_forms",
     "int8_static",
+    "conv_bn_modes",
+    "conv_bn_finetune",
     "adapters_as_inputs",
     "merge_large",
     "real_models",
     "quality",
     "speed",
     "quantize_time",
+    "sparse_files",
+    "sparsity",
+    "prune_time",
 )
 
 

@@ -24,12 +24,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from effic.ir.errors import InvalidModelError
 from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor
 
 COMPRESSED_KEY = "effic.compressed"
@@ -40,6 +42,9 @@ _CORES = ("ScatterElements", "Gather")
 _COMPUTED = (*_STEPS, *_CORES, "Expand", "Mul", "Add")
 
 _NARROW = {ir.DataType.INT4: ir.DataType.INT8, ir.DataType.UINT4: ir.DataType.UINT8}
+
+# More nodes than any form has, and more axes than any tensor: what is larger is something else.
+_NODES, _RANK = 32, 8
 
 # 2:4 groups of 4-bit codes: values of a byte, and codes.
 _LOOKUP_BYTES, _LOOKUP_CODES = 256, 16
@@ -319,8 +324,7 @@ def recognise_compressed(value: ir.Value | None) -> Compressed | None:
     nodes: dict[int, ir.Node] = {}
     if not _only_constants(value, nodes):
         return None
-    dims = list(value.shape)
-    if not all(isinstance(d, int) for d in dims):
+    if not all(isinstance(d, int) for d in value.shape):
         return None
     try:
         notes = json.loads(core.metadata_props.get(COMPRESSED_KEY, "{}"))
@@ -332,7 +336,7 @@ def recognise_compressed(value: ir.Value | None) -> Compressed | None:
         found = notes.get(key)
         return found if isinstance(found, str) and found else None
 
-    shape = tuple(int(d) for d in dims)  # type: ignore[call-overload]
+    shape = tuple(d for d in value.shape if isinstance(d, int))
     return Compressed(value, tuple(nodes.values()), core, value.dtype, shape, text("pattern"), text("weight"))
 
 
@@ -373,7 +377,19 @@ def _core(value: ir.Value | None) -> ir.Node | None:
     reduction = node.attributes.get("reduction")
     if reduction is not None and (reduction.is_ref() or reduction.as_string() != "none"):
         return None
-    return node if zero is not None and zero.size == 1 and not np.array(zero.numpy()).any() else None
+    if zero is None or zero.size != 1 or np.array(zero.numpy()).any():
+        return None
+    # A file may claim any size: groups have at most 256 weights, so that values tell how many there are.
+    target, values = constant_tensor(source.inputs[1]), _behind_cast(node.inputs[2])
+    if target is None or values is None or target.size > _RANK:
+        return None
+    return node if math.prod(map(int, target.numpy().reshape(-1))) <= 256 * values.size else None
+
+
+def _behind_cast(value: ir.Value | None) -> ir.TensorProtocol | None:
+    node = value.producer() if value is not None else None
+    cast = node is not None and node.op_type == "Cast" and constant_tensor(value) is None
+    return constant_tensor(node.inputs[0] if node is not None and cast else value)
 
 
 def _only_constants(value: ir.Value, nodes: dict[int, ir.Node]) -> bool:
@@ -388,6 +404,8 @@ def _only_constants(value: ir.Value, nodes: dict[int, ir.Node]) -> bool:
     if id(node) in nodes:
         return True
     nodes[id(node)] = node
+    if len(nodes) > _NODES:
+        return False
     return all(source is not None and _only_constants(source, nodes) for source in node.inputs)
 
 
@@ -406,7 +424,12 @@ def _plan(value: ir.Value) -> Callable[[], np.ndarray]:
 def _dense(plan: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
     from effic.ir.encodings import code_tensor  # which reads compressed codes itself
 
-    array = np.ascontiguousarray(plan()).reshape(shape)
+    try:
+        array = np.ascontiguousarray(plan()).reshape(shape)
+    except (ValueError, IndexError) as error:
+        raise InvalidModelError(
+            f"a compressed weight of shape {list(shape)} cannot be decompressed: {error}; write the file anew"
+        ) from error
     return code_tensor(array, dtype) if dtype in _NARROW else ir.Tensor(array, dtype=dtype)
 
 
@@ -440,11 +463,11 @@ def _compute(operator: str, attributes: dict[str, ir.Attr], arrays: list[np.ndar
             np.put_along_axis(out, arrays[1].astype(np.intp), arrays[2], axis=axis)
             return out
         case "BitwiseXor":
-            return np.bitwise_xor(first, arrays[1])
+            return np.asarray(np.bitwise_xor(first, arrays[1]))
         case "Mul":
-            return np.multiply(first, arrays[1])
+            return np.asarray(np.multiply(first, arrays[1]))
         case _:
-            return np.add(first, arrays[1])
+            return np.asarray(np.add(first, arrays[1]))
 
 
 def _sliced(arrays: list[np.ndarray]) -> np.ndarray:

@@ -176,7 +176,7 @@ def copy_note(source: ir.Node, target: ir.Node) -> None:
 
 
 def _is_decoding(node: ir.Node) -> bool:
-    steps = ("Constant", "DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "ScatterElements")
+    steps = {"Constant", "DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "ScatterElements"}
     # What decompresses sparse weights.
-    steps += ("BitwiseXor", "Slice", "Gather", "Expand", "Mul", "Add")
+    steps |= {"BitwiseXor", "Slice", "Gather", "Expand", "Mul", "Add"}
     return node.domain in ONNX_DOMAINS and node.op_type in steps

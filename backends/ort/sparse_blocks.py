@@ -64,7 +64,7 @@ def block_table(signed: bool) -> np.ndarray:
     groups = lookup_table(ir.DataType.UINT4)
     if signed:
         groups = groups ^ 8
-    return groups[:, 0::2] | groups[:, 1::2] << np.uint8(4)
+    return np.asarray(groups[:, 0::2] | groups[:, 1::2] << np.uint8(4))
 
 
 def _sources(compressed: Compressed) -> tuple[ir.Value, ir.Value] | None:

@@ -266,7 +266,7 @@ def pruned(weight: np.ndarray) -> bool:
 
     Trained weights hardly ever are; even 63:64 sparsity makes this many.
     """
-    return weight.size > 0 and 64 * np.count_nonzero(weight == 0) >= weight.size
+    return weight.size > 0 and 64 * int(np.count_nonzero(weight == 0)) >= weight.size
 
 
 def _block_diagonal(second_moment: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from effic.ir.compressed import recognise_compressed
 from effic.ir.encodings import stored_bytes
-from effic.ir.errors import UsageError
+from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.evaluate import Oracle
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
@@ -388,3 +388,24 @@ def test_other_graphs_are_not_taken_for_compressed_weights(make_net: Any) -> Non
     zero.const_value = ir.Tensor(np.ones((), np.float32))  # type: ignore[union-attr]
     assert recognise_compressed(site.value) is None
     assert "is computed at run time" in str(weight_sites(model)[0].why_not)
+
+
+def test_a_broken_file_is_refused_in_a_sentence(make_net: Any) -> None:
+    model = sparse_net(make_net, MATMUL, pruned((96, 64), 0), "(float[N,96] x) => (float[N,64] y)")
+    compress(model)
+    (site,) = weight_sites(model)
+    assert site.compressed is not None
+    places = model.graph.initializers["nm_positions_4"]
+    places.const_value = ir.Tensor(np.full((16, 2), 9, np.int32))
+    with pytest.raises(InvalidModelError, match="cannot be decompressed"):
+        site.read()
+
+
+def test_sizes_are_not_taken_on_trust(make_net: Any) -> None:
+    model = sparse_net(make_net, MATMUL, pruned((96, 64), 0), "(float[N,96] x) => (float[N,64] y)")
+    compress(model)
+    (site,) = weight_sites(model)
+    assert site.compressed is not None
+    expand = site.compressed.core.inputs[0].producer()  # type: ignore[union-attr]
+    expand.inputs[1].const_value = ir.Tensor(np.array([1 << 40, 4], np.int64))  # type: ignore[union-attr]
+    assert recognise_compressed(site.value) is None

@@ -30,6 +30,9 @@ _PIECE = 1 << 17
 # An integer as long as the flags of a group, the first of which is its lowest byte.
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64} if sys.byteorder == "little" else {}
 
+# Where so many neighbours are in the same place of their groups, they are compared where they lie.
+_LONG = 256
+
 # Up to this many weights in a group every pair is compared, in whole arrays; beyond it, groups are
 # partitioned one by one.
 _LONGEST_RANKED = 32
@@ -184,30 +187,30 @@ def _mask_groups(groups: np.ndarray, out: np.ndarray, n: int) -> None:
 
 def _by_ranks(groups: np.ndarray, out: np.ndarray, n: int) -> None:
     """By counting, for every weight, how many of its group come before it."""
-    m = groups.shape[2]
-    planes = [np.ascontiguousarray(groups[:, :, i]) for i in range(m)]
-    wins = np.empty(planes[0].shape, bool)
-    ranks = [np.full(wins.shape, m - 1 - i, np.uint8) for i in range(m)]
-    for i in range(m):
-        for j in range(i + 1, m):
-            # Of equals the first comes first.
-            np.greater_equal(planes[i], planes[j], out=wins)
-            ranks[i] -= wins.view(np.uint8)
-            ranks[j] += wins.view(np.uint8)
-    word = _WORDS.get(m) if groups.shape[3] == 1 and out.flags.c_contiguous else None
+    a, g, m, b = groups.shape
+    planes = np.moveaxis(groups, 2, 0)
+    if b < _LONG:
+        planes = np.ascontiguousarray(planes)
+    ranks = np.empty(planes.shape, np.uint8)
+    ranks[:] = np.arange(m - 1, -1, -1, dtype=np.uint8).reshape(m, 1, 1, 1)
+    wins = np.empty(planes.shape, bool)
+    for apart in range(1, m):
+        # Of equals the first comes first.
+        won = np.greater_equal(planes[:-apart], planes[apart:], out=wins[apart:]).view(np.uint8)
+        ranks[:-apart] -= won
+        ranks[apart:] += won
+    np.less(ranks, n, out=wins)
+    word = _WORDS.get(m) if b == 1 and out.flags.c_contiguous else None
     if word is None:
-        for i in range(m):
-            np.less(ranks[i], n, out=out[:, :, i])
+        np.copyto(np.moveaxis(out, 2, 0), wins)
         return
     # The flags of a group lie side by side. Shifting them into one word takes half the time of writing
     # every m-th byte.
-    words = out.reshape(*wins.shape[:2], m).view(word)
-    np.less(ranks[m - 1], n, out=wins)
-    words[:] = wins.view(np.uint8)
+    words, flags = out.reshape(a, g, m).view(word), wins.view(np.uint8)
+    words[:] = flags[m - 1]
     for i in range(m - 2, -1, -1):
-        np.less(ranks[i], n, out=wins)
         np.left_shift(words, 8, out=words)
-        np.bitwise_or(words, wins.view(np.uint8), out=words)
+        np.bitwise_or(words, flags[i], out=words)
 
 
 def _by_partition(groups: np.ndarray, out: np.ndarray, n: int) -> None:

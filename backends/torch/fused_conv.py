@@ -8,165 +8,205 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond" (arXiv 2305.1
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# torch._C names the overloads at run time, so that their types are not known to a type checker.
-_convolution: Any = torch.ops.aten.convolution.default
+# The arithmetic is a batch norm of the weight: with mean and shift of zero it scales its channels, and the
+# bias's norm is the fused bias. So torch's own kernels do each in one pass over the weight, forward and
+# backward; written in single operators it took longer than the norm of the feature map that it replaces.
+_norm: Any = torch.native_batch_norm
+_convolution: Any = torch.convolution
+_norm_backward: Any = torch.ops.aten.native_batch_norm_backward.default
 _convolution_backward: Any = torch.ops.aten.convolution_backward.default
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """How a convolution slides; one number per spatial axis in each list."""
+class Geometry(NamedTuple):
+    """How a convolution slides, in the order torch's convolution takes it; one number per spatial axis."""
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """In the order torch's convolution takes them."""
-        return (
-            list(self.stride), list(self.padding), list(self.dilation),
-            self.transposed, list(self.output_padding), self.groups,
-        )  # fmt: skip
+    stride: Sequence[int] = ()
+    padding: Sequence[int] = ()
+    dilation: Sequence[int] = ()
+    transposed: bool = False
+    output_padding: Sequence[int] = ()
+    groups: int = 1
 
 
-def by_channel(vector: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
-    """One value per output channel, shaped to multiply a convolution's weight.
+class Pair(NamedTuple):
+    """The parameters of a convolution and its norm, ``[C_o]`` each but the weight.
 
-    A transposed convolution's weight is ``[C_i, C_o/G, k…]``: group ``p`` owns the rows
-    ``p * C_i/G …`` and the output channels ``p * C_o/G …``.
+    Attributes:
+        weight: ``[C_o, C_i/G, k…]``, transposed ``[C_i, C_o/G, k…]``: then group ``p`` owns the rows
+            ``p * C_i/G …`` and the output channels ``p * C_o/G …``.
+        bias: of the convolution, or None.
+        gamma, beta: of the norm, or None for ones and zeros.
+        mean, variance: running statistics.
+        epsilon: added to the variance.
     """
-    ones = [1] * (weight.dim() - 2)
-    if not transposed:
-        return vector.reshape(-1, 1, *ones)
-    if groups == 1:
-        return vector.reshape(1, -1, *ones)
-    rows = weight.shape[0] // groups
-    return vector.reshape(groups, 1, -1).expand(groups, rows, -1).reshape(weight.shape[0], -1, *ones)
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    epsilon: float
 
 
-def per_channel(product: Tensor, transposed: bool, groups: int) -> Tensor:
-    """The adjoint of :func:`by_channel`: sums a tensor of the weight's shape per output channel."""
-    if not transposed:
-        return product.flatten(1).sum(1)
-    rows, columns = product.shape[0] // groups, product.shape[1]
-    return product.reshape(groups, rows, columns, -1).sum((1, 3)).reshape(-1)
-
-
-def fused_parameters(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    epsilon: float,
-    transposed: bool,
-    groups: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """``w'`` and ``b'``, computed in float32 at least and cast to ``dtype`` at the end."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    deviation = (variance.to(wide) + epsilon).sqrt()
-    scale = deviation.reciprocal() if gamma is None else gamma.to(wide) / deviation
-    shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
-    shift = scale * shift if beta is None else beta.to(wide) + scale * shift
-    fused = weight.to(wide) * by_channel(scale, weight, transposed, groups)
-    return fused.to(dtype), shift.to(dtype)
-
-
-def fused_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    epsilon: float,
-    geometry: Geometry,
-) -> Tensor:
+def fused_conv(x: Tensor, pair: Pair, geometry: Geometry) -> Tensor:
     """Convolution and frozen batch norm of ``x`` ``[N, C_i, …]``; under autocast in its type.
 
     Keeps ``x`` and the parameters for the backward pass, neither the convolution's output nor ``w'``.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    if dtype != weight.dtype:
+    kind, dtype = x.device.type, pair.weight.dtype
+    autocast = torch.is_autocast_enabled(kind)
+    if autocast:
+        dtype = torch.get_autocast_dtype(kind)
         x = x.to(dtype)
-    if torch.compiler.is_compiling():
-        # A compiler decides itself what to keep and what to compute again.
-        made = fused_parameters(
-            weight, bias, gamma, beta, mean, variance, epsilon, geometry.transposed, geometry.groups, dtype
-        )
-        result: Tensor = _convolution(x, *made, *geometry.arguments)
+    result: Tensor
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # They decide themselves what to keep and what to compute again.
+        result = _convolution(x, *fused_parameters(pair, geometry, dtype), *geometry)
         return result
-    with torch.autocast(kind, enabled=False):
-        call: Any = _FusedConv.apply
-        output: Tensor = call(x, weight, bias, gamma, beta, mean, variance, epsilon, geometry, dtype)
-        return output
+    call: Any = _FusedConv.apply
+    if autocast:
+        with torch.autocast(kind, enabled=False):
+            result = call(x, *pair, geometry, dtype)
+    else:
+        result = call(x, *pair, geometry, dtype)
+    return result
+
+
+def fused_parameters(pair: Pair, geometry: Geometry, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``w'`` and ``b'``, computed in float32 at least and cast to ``dtype`` at the end."""
+    weight, bias, gamma, beta, mean, variance, epsilon = _wide(pair)
+    deviation = (variance + epsilon).sqrt()
+    scale = deviation.reciprocal() if gamma is None else gamma / deviation
+    shift = -mean if bias is None else bias - mean
+    shift = scale * shift if beta is None else beta + scale * shift
+    factor, ones = scale, [1] * (weight.dim() - 2)
+    if not geometry.transposed:
+        factor = scale.reshape(-1, 1, *ones)
+    else:
+        groups, rows = geometry.groups, weight.shape[0] // geometry.groups
+        factor = scale.reshape(groups, 1, -1).expand(groups, rows, -1).reshape(*weight.shape[:2], *ones)
+    return (weight * factor).to(dtype), shift.to(dtype)
+
+
+def _wide(pair: Pair) -> Pair:
+    """The pair in one type: float32, or float64 where the weight is."""
+    wide = torch.promote_types(pair.weight.dtype, torch.float32)
+    if all(tensor is None or tensor.dtype is wide for tensor in pair[:6]):
+        return pair  # A cast that does nothing costs as much as one of a short vector.
+    return Pair(*(None if t is None else t.to(wide) for t in pair[:6]), pair.epsilon)  # type: ignore[arg-type]
+
+
+def _flat(weight: Tensor, geometry: Geometry) -> Tensor:
+    """A convolution's weight as ``[rows, C_o, taps]``, a view wherever its memory allows."""
+    if not geometry.transposed:
+        if _channels_last(weight):
+            weight = weight.permute(0, 2, 3, 1)
+        return weight.reshape(1, weight.shape[0], -1)
+    if geometry.groups == 1:
+        return weight.flatten(2)
+    rows, columns = weight.shape[0] // geometry.groups, weight.shape[1]
+    grouped = weight.reshape(geometry.groups, rows, columns, -1).transpose(0, 1)
+    return grouped.reshape(rows, geometry.groups * columns, -1)
+
+
+def _unflat(flat: Tensor, like: Tensor, geometry: Geometry) -> Tensor:
+    """The inverse of :func:`_flat`, in the shape and memory format of ``like``."""
+    if geometry.transposed and geometry.groups > 1:
+        rows, columns = like.shape[0] // geometry.groups, like.shape[1]
+        flat = flat.reshape(rows, geometry.groups, columns, -1).transpose(0, 1)
+    elif not geometry.transposed and _channels_last(like):
+        out, into, *taps = like.shape
+        return flat.reshape(out, *taps, into).permute(0, 3, 1, 2)
+    return flat.reshape(like.shape)
+
+
+def _channels_last(weight: Tensor) -> bool:
+    last = torch.channels_last
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=last)
+
+
+def _fused_weight(pair: Pair, geometry: Geometry) -> Tensor:
+    """``w'``; ``pair`` is of one type."""
+    flat, zeros = _flat(pair.weight, geometry), torch.zeros_like(pair.mean)
+    made = _norm(flat, pair.gamma, None, zeros, pair.variance, False, 0.0, pair.epsilon)
+    return _unflat(made[0], pair.weight, geometry)
+
+
+def _bias_row(pair: Pair) -> Tensor:
+    return (torch.zeros_like(pair.mean) if pair.bias is None else pair.bias).unsqueeze(0)
 
 
 class _FusedConv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-        mean: Tensor, variance: Tensor, epsilon: float, geometry: Geometry, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        made = fused_parameters(
-            weight, bias, gamma, beta, mean, variance, epsilon, geometry.transposed, geometry.groups, dtype
-        )
-        result: Tensor = _convolution(x, *made, *geometry.arguments)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, gamma, _, mean, variance, ctx.epsilon, ctx.geometry, ctx.dtype = inputs
-        # The input is needed for the gradients of weight and scale alone.
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_x else None, weight, bias, gamma, mean, variance)
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        # A setup_context of its own would have torch read this signature on every call.
+        *parameters, ctx.geometry, ctx.dtype = args
+        given = Pair(*parameters)
+        weight, bias, gamma, _, mean, variance, ctx.epsilon = given
+        # The input is needed for the gradients of weight and gamma alone.
+        keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if keep_x else None, weight, bias, gamma, mean, variance)
         ctx.input_shape = x.shape
+        pair = _wide(given)
+        row = _bias_row(pair)
+        shift = _norm(row, pair.gamma, pair.beta, pair.mean, pair.variance, False, 0.0, pair.epsilon)[0][0]
+        fused = _fused_weight(pair, ctx.geometry)
+        if fused.dtype is not ctx.dtype:
+            fused, shift = fused.to(ctx.dtype), shift.to(ctx.dtype)
+        result: Tensor = _convolution(x, fused, shift, *ctx.geometry)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         x, weight, bias, gamma, mean, variance = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
-        transposed, groups = geometry.transposed, geometry.groups
+        given = Pair(weight, bias, gamma, None, mean, variance, ctx.epsilon)
+        pair = _wide(given)
         to_x, to_weight, to_bias, to_gamma, to_beta = ctx.needs_input_grad[:5]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        inverse = (variance.to(wide) + ctx.epsilon).sqrt().reciprocal()
-        scale = inverse if gamma is None else gamma.to(wide) * inverse
-        factor = by_channel(scale, weight, transposed, groups)
         by_weight, by_shift = to_weight or to_gamma, to_bias or to_beta or to_gamma
-        # Without gradients of the weight nothing reads the input's values, only its shape.
-        given = grad.new_empty(1).expand(ctx.input_shape) if x is None else x
-        fused = (weight.to(wide) * factor).to(ctx.dtype)
+        if x is None:  # Without gradients of the weight nothing reads the input's values: its shape does.
+            x = grad.new_empty(1).expand(ctx.input_shape)
+        fused = _fused_weight(pair, geometry) if to_x else weight
+        if fused.dtype is not ctx.dtype:
+            fused = fused.to(ctx.dtype)
         grad_x, grad_fused, grad_shift = _convolution_backward(
-            grad, given, fused, [scale.shape[0]], *geometry.arguments, [to_x, by_weight, by_shift]
+            grad, x, fused, [mean.shape[0]], *geometry, [to_x, by_weight, by_shift]
         )
         grad_weight = grad_bias = grad_gamma = grad_beta = None
+        frozen = (pair.gamma, None, pair.variance, None, None, False, pair.epsilon)
         if by_weight:
-            grad_fused = grad_fused.to(wide)
+            flat, wide = _flat(pair.weight, geometry), _flat(grad_fused.to(pair.weight.dtype), geometry)
+            made = _scaled_gradients(wide, flat, torch.zeros_like(pair.mean), frozen, to_weight, to_gamma)
+            grad_weight = None if made[0] is None else _unflat(made[0], pair.weight, geometry)
+            grad_gamma = made[1]
         if by_shift:
-            grad_shift = grad_shift.to(wide)
-        if to_gamma:
-            moved = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
-            inner = per_channel(weight.to(wide) * grad_fused, transposed, groups)
-            grad_gamma = (inverse * (inner + moved * grad_shift)).to(gamma.dtype)
-        if to_weight:
-            grad_weight = (grad_fused * factor).to(weight.dtype)
-        if to_bias:
-            grad_bias = (scale * grad_shift).to(bias.dtype)
-        if to_beta:
-            grad_beta = grad_shift
-        return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, None, None, None, None, None
+            grad_beta = grad_shift.to(pair.weight.dtype)
+        if to_bias or to_gamma:
+            made = _scaled_gradients(
+                grad_beta.unsqueeze(0), _bias_row(pair), pair.mean, frozen, to_bias, to_gamma
+            )
+            grad_bias = None if made[0] is None else made[0].squeeze(0)
+            grad_gamma = None if made[1] is None or grad_gamma is None else grad_gamma + made[1]
+        found = (grad_x, grad_weight, grad_bias, grad_gamma, grad_beta if to_beta else None)
+        if pair is not given:
+            kinds = (ctx.dtype, *(None if t is None else t.dtype for t in (weight, bias, gamma, gamma)))
+            # What has no gamma has no beta, and both are of one type.
+            found = tuple(g if g is None or k is None else g.to(k) for g, k in zip(found, kinds, strict=True))  # type: ignore[assignment]
+        return (*found, None, None, None, None, None)
+
+
+def _scaled_gradients(
+    grad: Tensor, value: Tensor, mean: Tensor, frozen: tuple[Any, ...], to_value: bool, to_gamma: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``value`` and gamma from that of their frozen norm."""
+    gamma, _, *rest = frozen
+    made = _norm_backward(grad, value, gamma, mean, *rest, [to_value, to_gamma, False])
+    return made[0] if to_value else None, made[1] if to_gamma else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effic.backends.torch.conv_bn_pairs import find_pairs
-from effic.backends.torch.fused_conv import Geometry, fused_conv, fused_parameters
+from effic.backends.torch.fused_conv import Geometry, Pair, fused_conv, fused_parameters
 from effic.ir.errors import InvalidModelError, UnsupportedError
 
 LARGE_SCALE = 1e3
@@ -154,13 +154,8 @@ class _TunedConv:
                 mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
                 input = functional.pad(input, pads, mode=mode) if any(pads) else input
                 padding = (0,) * len(conv.kernel_size)
-        geometry = Geometry(
-            conv.stride, tuple(padding), conv.dilation, conv.transposed, tuple(output_padding), conv.groups
-        )
-        return fused_conv(
-            input, conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-            norm.eps, geometry,
-        )  # fmt: skip
+        geometry = Geometry(conv.stride, padding, conv.dilation, conv.transposed, output_padding, conv.groups)
+        return fused_conv(input, _parameters(conv, norm), geometry)
 
 
 class _TunedNorm:
@@ -172,6 +167,10 @@ class _TunedNorm:
             return input
         plain: Tensor = _PLAIN[type(norm)].forward(norm, input)
         return plain
+
+
+def _parameters(conv: Any, norm: Any) -> Pair:
+    return Pair(conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 
 def _fuses(norm: Any, input: Tensor, asked: Any) -> bool:
@@ -252,10 +251,8 @@ def _largest_scale(module: nn.Module, conv_name: str, norm_name: str) -> float:
                 f"the batch norm '{norm_name}' has a negative variance ({float(norm.running_var.min()):.3g}): "
                 "the checkpoint is corrupted"
             )
-        fused = fused_parameters(
-            conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps,
-            conv.transposed, conv.groups, conv.weight.dtype,
-        )  # fmt: skip
+        geometry = Geometry(transposed=conv.transposed, groups=conv.groups)
+        fused = fused_parameters(_parameters(conv, norm), geometry, conv.weight.dtype)
         if not all(bool(tensor.isfinite().all()) for tensor in fused):
             raise InvalidModelError(
                 f"the weight of '{conv_name}' times the scale of '{norm_name}' is not finite in "

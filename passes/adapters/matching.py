@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,7 +111,8 @@ class Places:
         self.mapping = dict(mapping)
         self.used: set[str] = set()
         self.sites = weight_sites(model)
-        self.by_name: dict[str, Place] = {}
+        # Subgraphs and functions may each have a constant of one name.
+        self.by_name: dict[str, list[Place]] = {}
         self.by_scope: dict[str, list[Place]] = {}
         for site in self.sites:
             if constant_tensor(site.value) is None and site.encoding is None:
@@ -124,13 +125,13 @@ class Places:
                     self.by_scope[f"{path}.weight"].append(place)
         for graph in model.graphs():
             for name, value in graph.initializers.items():
-                if name not in self.by_name and constant_tensor(value) is not None:
+                known = any(place.value is value for place in self.by_name.get(name, ()))
+                if not known and constant_tensor(value) is not None:
                     self._name(name, Place(name, value, None))
 
     def _name(self, name: str, place: Place) -> None:
-        self.by_name.setdefault(name, place)
-        for alias in aliases(place.value):
-            self.by_name.setdefault(alias, place)
+        for known in dict.fromkeys((name, *aliases(place.value))):
+            self.by_name.setdefault(known, []).append(place)
 
     def find(self, parameter: str, module: str) -> Found | str | None:
         """The place of a parameter.
@@ -149,17 +150,18 @@ class Places:
             entry = self.mapping[key]
             if entry.name == LEFT_OUT:
                 return None
-            place = self.by_name.get(entry.name)
-            return (
-                f"the map names '{entry.name}', which is no constant of the model"
-                if place is None
-                else (Found(place, entry.rows))
-            )
-        for table in ({k: [v] for k, v in self.by_name.items()}, self.by_scope):
+            named = self.by_name.get(entry.name, [])
+            if len(named) != 1:
+                count = "several constants" if named else "no constant"
+                return f"the map names '{entry.name}', which is {count} of the model"
+            return Found(named[0], entry.rows)
+        for table in (self.by_name, self.by_scope):
             places = table.get(parameter) or _by_suffix(parameter, table)
             unique = list({id(place.value): place for place in places}.values())
             if len(unique) == 1:
                 return Found(unique[0], None)
+            if len({place.name for place in unique}) == 1 < len(unique):
+                return f"{len(unique)} graphs of the model have a constant '{unique[0].name}' of their own"
             if unique:
                 names = ", ".join(f"'{place.name}'" for place in unique[:_SHOWN])
                 return f"several constants could be meant: {names}"
@@ -169,30 +171,39 @@ class Places:
         """Paths of the map that nothing asked for."""
         return sorted(self.mapping.keys() - self.used)
 
-    def proposals(self, module: AdapterModule, others: Sequence[AdapterModule]) -> str:
+    def proposals(
+        self, module: AdapterModule, others: Sequence[AdapterModule], taken: Collection[int] = ()
+    ) -> str:
         """What may be meant by a module that was not found: by shape, and by position among its like.
 
         Args:
             module: the one that was not found.
             others: all that were not found, this one among them.
+            taken: ids of the values that other modules were found to belong to.
         """
         shape = module_shape(module)
-        fits = [site for site in self.sites if site.shape and _agrees(shape, site.shape_oi)]
+        free = [site for site in self.sites if site.shape and id(site.value) not in taken]
+        fits = [site for site in free if _agrees(shape, site.shape_oi)]
         alike = sorted((m for m in others if module_shape(m) == shape), key=lambda m: natural(m.path))
+        if len(fits) != len(alike) and (layer := _numbers(module.path)):
+            # Too many, or too few: those of the same layer.
+            near = [site for site in fits if _numbers(site.name)[-len(layer) :] == layer]
+            if near:
+                fits, alike = near, [m for m in alike if _numbers(m.path) == layer]
+        at = alike.index(module)
         if fits and len(fits) == len(alike):
-            guess = fits[alike.index(module)].name
+            guess = fits[at].name
             return f"by shape and position it may be '{guess}' (map line: {module.path} = {guess})"
         if fits:
             names = ", ".join(f"'{site.name}'" for site in fits[:_SHOWN])
             more = f" and {len(fits) - _SHOWN} more" if len(fits) > _SHOWN else ""
-            return f"of its shape are {names}{more} (map line: {module.path} = {fits[0].name})"
+            # No two modules are told the same line.
+            line = f" (map line: {module.path} = {fits[at].name})" if at < len(fits) else ""
+            return f"of its shape are {names}{more}{line}"
         fused = [
             site
-            for site in self.sites
-            if site.shape
-            and shape[1] == site.shape_oi[1]
-            and shape[0] is not None
-            and site.shape_oi[0] > shape[0]
+            for site in free
+            if shape[1] == site.shape_oi[1] and shape[0] is not None and site.shape_oi[0] > shape[0]
         ]
         if fused:
             name = fused[0].name
@@ -210,6 +221,10 @@ def _by_suffix(parameter: str, table: Mapping[str, list[Place]]) -> list[Place]:
         places for name, places in table.items() if "." in name and parameter.endswith(f".{name}")
     ]
     return [place for places in found for place in places]
+
+
+def _numbers(path: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", path)]
 
 
 def aliases(value: ir.Value) -> list[str]:

@@ -190,14 +190,17 @@ class _Gathering:
         if not self.missing:
             return
         modules = [module for _, _, module in self.missing if module is not None]
+        taken = {id(target.place.value) for target in self.targets.values() if target.parts}
         hints = []
         for path, reason, module in sorted(self.missing, key=lambda m: natural(m[0]))[:_SHOWN]:
-            hint = f"; {self.places.proposals(module, modules)}" if module is not None else ""
+            hint = f"; {self.places.proposals(module, modules, taken)}" if module is not None else ""
             hints.append(f"'{path}': {reason}{hint}")
         rest = f" (and {len(self.missing) - _SHOWN} more)" if len(self.missing) > _SHOWN else ""
+        count = len(self.missing)
+        what = "a tensor of the adapter has" if count == 1 else f"{count} tensors of the adapter have"
         raise UsageError(
-            f"{len(self.missing)} tensors of the adapter have no place in the model{rest}; "
-            f"give a map file with map=FILE. {' '.join(hints)}"
+            f"{what} no place in the model{rest}; give a map file (--lora-map FILE, or the option map). "
+            f"{'; '.join(hints)}"
         )
 
     def settle_ties(self, untie: bool) -> None:

@@ -123,10 +123,11 @@ def _put_back(model: Model, path: str, record: MergeRecord, remarks: Remarks) ->
     kept = load_originals(path, record.originals)
     places = Places(model, {})
     for name, original in record.constants.items():
-        place = places.by_name.get(name)
-        if place is None:
-            raise InvalidModelError(f"the model has no '{name}' any more, so its original cannot be put back")
-        restore(model, kept, place, original)
+        named = places.by_name.get(name, [])
+        if len(named) != 1:
+            count = "no" if not named else "more than one"
+            raise InvalidModelError(f"the model has {count} '{name}', so its original cannot be put back")
+        restore(model, kept, named[0], original)
         remarks.passed(name, "the original is put back")
     _take_branches_away(model, record, remarks)
 

@@ -225,3 +225,47 @@ def test_a_module_called_twice_is_merged_in_place(
     )
     merge(model, write_adapter(tmp_path / "a", lora("q", 4, 4)))
     assert list(model.graph.initializers) == ["q.weight"]
+
+
+def test_a_name_of_two_graphs_is_no_answer(
+    make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path
+) -> None:
+    """The first of them would be merged into and the other forgotten."""
+    weights = [normal(4, 3), normal(4, 3)]
+    model = make_net(
+        "(float[N,4] x) => (float[N,3] y)",
+        "y = If(c) <then_branch = t () => (float[N,3] a) { a = MatMul(x, one) }, "
+        "else_branch = e () => (float[N,3] b) { b = MatMul(x, two) }>",
+        c=np.array(True),
+        one=weights[0],
+        two=weights[1],
+    )
+    (node,) = model.graph
+    for branch, name in (("then_branch", "one"), ("else_branch", "two")):
+        inner = node.attributes[branch].as_graph()
+        value = model.graph.initializers.pop(name)
+        value.name = "q.weight"
+        inner.initializers["q.weight"] = value
+    model.forget_names()
+    with pytest.raises(UsageError, match=r"2 graphs of the model have a constant 'q\.weight' of their own"):
+        merge(model, write_adapter(tmp_path / "a", lora("q", 3, 4)))
+
+
+def test_no_weight_is_proposed_to_two_modules(
+    make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path
+) -> None:
+    body = " ".join(f"h{i + 1} = MatMul(h{i}, {name})" for i, name in enumerate(("qa0", "ka0", "qa1", "ka1")))
+    model = net(
+        make_net,
+        f"h0 = Identity(x) {body} y = Identity(h4)",
+        sig="(float[N,4] x) => (float[N,4] y)",
+        **{name: normal(4, 4) for name in ("qa0", "ka0", "qa1", "ka1")},
+    )
+    folder = write_adapter(
+        tmp_path / "a", {**lora("l.0.q", 4, 4), **lora("l.1.q", 4, 4), **lora("qa1", 4, 4)}
+    )
+    model.graph.initializers["qa1"].name = "qa1.weight"
+    with pytest.raises(UsageError) as caught:
+        merge(model, folder)
+    assert "of its shape are 'qa0', 'ka0' (map line: l.0.q = qa0)" in str(caught.value)
+    assert "by shape and position it may be 'ka1'" in str(caught.value), "qa1 belongs to another module"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -142,7 +143,7 @@ def _compress(model: Model, site: WeightSite, pattern: Pattern, tables: _Charged
         return storage if isinstance(storage, str) else "belongs to no graph"
     encoding = site.encoding
     kind = site.dtype if encoding is None else encoding.codes.dtype
-    with site.matrix() if encoding is None else _codes(site, encoding) as matrix:
+    with site.matrix() if encoding is None else contextlib.nullcontext(_codes(site, encoding)) as matrix:
         stored = along_groups(site, matrix)
         outer, length, inner = stored.shape
         rows = outer * inner
@@ -204,21 +205,12 @@ def _shift_bytes(encoding: Encoding | None) -> int:
     return _SHIFT_BYTES + (4 * length if encoding.block_size and length % encoding.block_size else 0)
 
 
-class _codes:
+def _codes(site: WeightSite, encoding: Encoding) -> np.ndarray:
     """The codes of an encoding as the stored matrix, zero where they stand for zero."""
-
-    def __init__(self, site: WeightSite, encoding: Encoding) -> None:
-        self.site, self.encoding = site, encoding
-
-    def __enter__(self) -> np.ndarray:
-        codes = code_values(self.encoding)
-        zeros = self.encoding.zero_points
-        if zeros is not None:
-            codes = codes ^ _spread(zeros, codes.shape, self.encoding)
-        return codes.reshape(self.site.matrix_shape)
-
-    def __exit__(self, *_: object) -> None:
-        return None
+    codes = code_values(encoding)
+    if encoding.zero_points is not None:
+        codes = codes ^ _spread(encoding.zero_points, codes.shape, encoding)
+    return codes.reshape(site.matrix_shape)
 
 
 def _spread(zeros: np.ndarray, shape: tuple[int, ...], encoding: Encoding) -> np.ndarray:

@@ -27,8 +27,8 @@ class LowerCompressed(Pass):
     After:   the same (form=load), or w as a constant (form=dense)
 
     The runtime folds what decompresses a weight when it loads the file and keeps every step until it is
-    done, which takes some four times the memory of the dense weight in fp32 meanwhile, and 20 to 50 ns per
-    weight (4-bit 2:4: 5). Results are the same to the last bit.
+    done: some four times the memory of the dense weight meanwhile, and 40 ns per weight (4-bit 2:4: 10).
+    Results are the same to the last bit.
 
     Missed when no weight is compressed.
     """

@@ -42,8 +42,7 @@ def read_back(model: Model, module: nn.Module) -> Model:
         UsageError: an entry of the state dict is missing, of another shape, or not finite.
         UnsupportedError: a value changed that is part of the module's code, or tied weights differ.
     """
-    while hasattr(module, "_orig_mod"):
-        module = module._orig_mod  # what torch.compile returned
+    module = getattr(module, "_orig_mod", module)  # torch.compile hides what it was given there
     state = module.state_dict()
     record = getattr(module, "meta", {}).get(RECORD)
     result = model.clone()

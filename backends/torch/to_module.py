@@ -262,7 +262,7 @@ def _forget_unread(builder: GraphBuilder, store: Store) -> None:
     read = {str(node.target) for node in builder.graph.nodes if node.op == "get_attr"}
     for held in (store.constants, store.modules):
         for path in [path for path in held if path not in read]:
-            del held[path]  # type: ignore[attr-defined]
+            del held[path]
 
 
 def _attach(module: nn.Module, path: str, item: Any, *, persistent: bool = True) -> None:

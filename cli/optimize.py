@@ -79,6 +79,11 @@ REASONS = 8
     default=None,
     help="Weights in a file beside the output, or inside it.  [default: by size]",
 )
+@click.option(
+    "--record/--no-record",
+    default=True,
+    help="Record how the output was made, in it and beside it (out.effic.json).  [default: record]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def optimize(
@@ -105,6 +110,7 @@ def optimize(
     report_file: str | None,
     force: bool,
     external_data: bool | None,
+    record: bool,
     as_json: bool,
     quiet: bool,
     **scoring: Any,
@@ -172,6 +178,7 @@ def optimize(
             dry_run=dry_run,
             force=force,
             external=external_data,
+            record=record,
             after_pass=_after_pass(print_after, dump_dir),
             progress=advance,
             **options,

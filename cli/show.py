@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -72,6 +72,23 @@ def _print(shown: Shown, top: int) -> None:
             sizes = f"{console.size(entry.bytes_before)} → {console.size(entry.bytes_after)}"
             counts = f"{entry.passed} changed, {entry.missed} missed"
             console.print_result(f"  {entry.text}  ({counts}, {sizes}; effic {entry.version})")
+    if shown.build is not None:
+        console.print_result("", *_build(shown.build))
+
+
+def _build(build: dict[str, Any]) -> list[str]:
+    """Where the model came from and for what it was made, in lines; of a file that anybody may have written."""
+    source, calibration = build["source"], build.get("calibration")
+    files = source["files"]
+    origin = f"a file with the sha256 {files[0]['sha256'][:16]}…" if files else "a model in memory"
+    lines = [f"from {origin}, for {build['target']}, seed {build['seed']}"]
+    if isinstance(calibration, dict):
+        random = "random numbers" if calibration.get("random") else "data"
+        lines.append(f"calibrated on {random} with the sha256 {str(calibration.get('digest'))[:16]}…")
+    versions = build.get("versions")
+    if isinstance(versions, dict):
+        lines.append("with " + ", ".join(f"{name} {number}" for name, number in versions.items()))
+    return lines
 
 
 def _port(port: Port) -> str:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from effic.passes.calibration import Calibration as Calibration
     from effic.passes.pipeline import run_passes as run_passes
     from effic.passes.spec import parse_passes as parse_passes
+    from effic.reproduce import reproduce as reproduce
     from effic.sensitivity import sensitivity as sensitivity
 
 _EXPORTS = {
@@ -69,6 +70,7 @@ _EXPORTS = {
     "read_back": "effic.backends.torch.read_back",
     "read_onnx": "effic.ir.onnx_format",
     "run_passes": "effic.passes.pipeline",
+    "reproduce": "effic.reproduce",
     "sensitivity": "effic.sensitivity",
     "to_module": "effic.backends.torch.to_module",
     "tune_conv_bn": "effic.backends.torch.tune_conv_bn",

@@ -21,12 +21,13 @@ from effic.ir.memory import peak_memory, reset_peak_memory
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 from effic.ir.verify import verify
-from effic.measure import file_bytes
+from effic.measure import external_files, file_bytes
 from effic.passes.base import CalibratedPass, Numerics, Pass, Remarks
 from effic.passes.calibration import SAMPLES, Calibration
 from effic.passes.pipeline import Check, Checker, Instead, Keep, Step, fingerprint, judge, run_passes
 from effic.passes.presets import preset
 from effic.passes.spec import parse_passes, to_text
+from effic.record import BUILD_KEY, Digests, build_of, file_digest, put_build, record_path, write_record
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,7 @@ def optimize(
     dry_run: bool = False,
     force: bool = False,
     external: bool | None = None,
+    record: bool = True,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     after_pass: Callable[[Model, Pass, int], None] | None = None,
@@ -157,6 +159,7 @@ def optimize(
         dry_run: do everything but write.
         force: allow writing over an existing file, the input included.
         external: weights in a file of their own; None decides by size.
+        record: write the record of the build into the output and beside it (``out.effic.json``).
         example_inputs, dynamic_shapes: for torch sources, as ``torch.export`` takes them.
         after_pass: called after each pass with the model, the pass and its number.
         progress: called with what is being done, the number of the step and how many there are.
@@ -180,6 +183,9 @@ def optimize(
     model = load(source, example_inputs, **options)
     # Now, while the weights still point into the files they came from.
     input_bytes = _stored_bytes(model)
+    files = _source_files(model)
+    model.ir.metadata_props.pop(BUILD_KEY, None)  # of an earlier build, from which this one starts
+    digests = Digests(files) if record and output is not None and not dry_run else None
     steps_in_all = len(sequence) + 2
     calibration, checker = None, None
     if calib is not None:
@@ -235,7 +241,21 @@ def optimize(
         _tell(progress, "timing the result", len(sequence) + 1, steps_in_all)
         speed.finish(model)
     written, output_bytes = None, None
+    if digests is not None:
+        build = build_of(
+            front_end=model.origin.front_end,
+            files=digests.result(),
+            passes=[step.text for step in result.steps if step.rolled_back is None],
+            target=target,
+            seed=seed,
+            check=check,
+            external=external,
+            calibration=None if calibration is None else _samples(calibration, calib_samples, calib_window),
+            inputs=file_digest(inputs) if isinstance(inputs, (str, os.PathLike)) else None,
+        )
+        put_build(model, build)
     if output is not None and not dry_run:
+        record_path(output).unlink(missing_ok=True)
         sizes = [0]
 
         def saved(done: int, total: int) -> None:
@@ -244,7 +264,7 @@ def optimize(
 
         model.save(output, force=force, external=external, progress=saved)
         written, output_bytes = os.fspath(output), sizes[0]
-    return Report(
+    report = Report(
         source=model.origin.path or f"a model from {model.origin.front_end}",
         notes=(*model.origin.notes, *_data_notes(calibration, result.steps)),
         passes=to_text(sequence),
@@ -263,6 +283,32 @@ def optimize(
         speed=None if speed is None else speed.to_dict(),
         model=model,
     )
+    if digests is not None and output is not None:
+        saved_files = _source_files(read_onnx(output))
+        paths = {"source": model.origin.path, "calib": _path(calib), "inputs": _path(inputs)}
+        write_record(output, build, paths=paths, files=saved_files, measured=_measured(report))
+    return report
+
+
+def _samples(calibration: Calibration, samples: int | None, window: int | None) -> dict[str, Any]:
+    """What a record keeps of calibration data: all but where they were."""
+    kept = {key: value for key, value in calibration.to_dict().items() if key != "source"}
+    return {**kept, "calib_samples": samples, "calib_window": window}
+
+
+def _path(source: Any) -> str | None:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+
+
+def _measured(report: Report) -> dict[str, Any]:
+    """The figures of a report that its record keeps."""
+    row = report.to_dict()
+    kept = ("before", "after", "verdict", "distance", "file_bytes", "seconds", "accuracy", "speed")
+    steps = [
+        {name: value for name, value in step.items() if name not in ("remarks", "calibration", "numerics")}
+        for step in row["steps"]
+    ]
+    return {**{name: row[name] for name in kept}, "steps": steps}
 
 
 def _all_of(keeps: Sequence[Keep]) -> Keep | None:
@@ -374,6 +420,15 @@ def _refuse_early(output: str | os.PathLike[str], force: bool) -> None:
         raise UsageError(f"the output {path} is a folder; name a file in it")
     if os.path.exists(path) and not force:
         raise UsageError(f"the output {path} exists; give --force to write over it")
+
+
+def _source_files(model: Model) -> list[Path]:
+    """The file a model was read from and its external data; none for a model from memory."""
+    if model.origin.path is None:
+        return []
+    own = Path(model.origin.path)
+    others = external_files(model) if model.origin.front_end == "onnx" else set()
+    return [own, *sorted(file for file in others if file.resolve() != own.resolve())]
 
 
 def _stored_bytes(model: Model) -> int | None:

@@ -19,6 +19,7 @@ from effic.ir.onnx_format import read_onnx
 from effic.ir.sparsity import Pattern, declared
 from effic.ir.weights import WeightSite, weight_sites
 from effic.measure import Measurement, measure_model
+from effic.record import get_build
 
 # Weights of a site that are looked at to tell how many are zero.
 _COUNTED = 1 << 22
@@ -94,6 +95,7 @@ class Shown:
     nodes: list[NodeCost]
     notes: list[str]
     record: list[PassRecord]
+    build: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """The findings as JSON-able data."""
@@ -144,6 +146,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Shown:
         nodes=_movers(cost),
         notes=list(model.origin.notes),
         record=model.record,
+        build=get_build(model),
     )
 
 

@@ -21,7 +21,8 @@ def window(
     first, second, third = WINDOWS[kind]
     places = torch.arange(size, dtype=torch.float64, device=device)
     turn = places * (2 * math.pi / max(size if periodic else size - 1, 1))
-    return (first - second * torch.cos(turn) + third * torch.cos(2 * turn)).to(dtype)
+    found: torch.Tensor = first - second * torch.cos(turn) + third * torch.cos(2 * turn)
+    return found.to(dtype)
 
 
 def dft(x: torch.Tensor, length: int | None, axis: int, inverse: bool, onesided: bool) -> torch.Tensor:
@@ -37,7 +38,8 @@ def dft(x: torch.Tensor, length: int | None, axis: int, inverse: bool, onesided:
     axis = axis % x.ndim
     signal = torch.view_as_complex(x.contiguous()) if x.shape[-1] == 2 else x.squeeze(-1)
     if inverse and onesided:
-        return torch.fft.irfft(signal, length, dim=axis).unsqueeze(-1)
+        real: torch.Tensor = torch.fft.irfft(signal, length, dim=axis)
+        return real.unsqueeze(-1)
     if inverse:
         result = torch.fft.ifft(signal, length, dim=axis)
     elif onesided:

@@ -148,7 +148,7 @@ def _lstm(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     hidden = h.shape[-1]
     # Peepholes come as input, output, forget.
-    peep = [None] * 3 if peepholes is None else list(peepholes.split(hidden))
+    peep = [None] * 3 if peepholes is None else list(torch.split(peepholes, hidden))
 
     def see(gate: torch.Tensor, which: int, memory: torch.Tensor) -> torch.Tensor:
         weights = peep[which]
@@ -156,7 +156,7 @@ def _lstm(
 
     def cell(step: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         before, memory = state
-        i, o, f, g = (step + _project(before, r)).split(hidden, dim=-1)
+        i, o, f, g = torch.split(step + _project(before, r), hidden, dim=-1)
         entry = activate(see(i, 0, memory), activations[0], clip)
         forget = 1 - entry if input_forget else activate(see(f, 2, memory), activations[0], clip)
         memory = forget * memory + entry * activate(g, activations[1], clip)
@@ -263,7 +263,7 @@ def torch_recurrent(
     if backwards:
         x = x.flip(0)
     start = x.new_zeros((count, x.shape[1], hidden)) if h is None else h.contiguous()
-    parameters = []
+    parameters: list[torch.Tensor] = []
     for d in range(count):
         parts = [w[d], r[d]] if b is None else [w[d], r[d], *b[d].chunk(2)]
         parameters.extend(_reorder(part, hidden, GATES[kind]) for part in parts)
@@ -286,5 +286,5 @@ def torch_recurrent(
 def _reorder(part: torch.Tensor, hidden: int, gates: Sequence[int]) -> torch.Tensor:
     if len(gates) == 1:
         return part
-    pieces = part.split(hidden)
+    pieces = torch.split(part, hidden)
     return torch.cat([pieces[gate] for gate in gates])

@@ -47,9 +47,9 @@ def concatenate(items: Tensors, axis: int, new_axis: bool) -> torch.Tensor:
 def split(x: torch.Tensor, parts: int | Sequence[int] | None, axis: int, keep_axis: bool) -> Tensors:
     """Parts of ``x`` along ``axis``: of one size (the last may be smaller), of given sizes, or single entries."""
     if parts is None:
-        found = x.split(1, axis)
+        found = torch.split(x, 1, axis)
         return list(found) if keep_axis else [part.squeeze(axis) for part in found]
-    return list(x.split(parts if isinstance(parts, int) else list(parts), axis))
+    return list(torch.split(x, parts if isinstance(parts, int) else list(parts), axis))
 
 
 def same(value: Any) -> Any:

@@ -152,11 +152,10 @@ class OneShot(Pass):
             return f"is an embedding table{also}; ask for it with embeddings=true"
         if site.other_readers:
             return f"is read by {site.other_readers[0]} as well, which would see the zeros"
-        kinds, axes = (
-            {get(use) for use in site.uses if use.node.op_type != "Gather"}
-            for get in (lambda use: use.node.op_type, lambda use: use.in_axis)
-        )
-        if len(axes) > 1 or (len(kinds) > 1 and kinds & {"Conv", "ConvTranspose"}):
+        layers = [use for use in site.uses if use.node.op_type != "Gather"]
+        kinds = {use.node.op_type for use in layers}
+        convolved = len(kinds) > 1 and kinds & {"Conv", "ConvTranspose"}
+        if len({use.in_axis for use in layers}) > 1 or convolved:
             return "is read both ways round, so that its inputs are another layer's outputs"
         if site.elements < self.min_size:
             return f"has {site.elements} elements, fewer than min_size={self.min_size}"

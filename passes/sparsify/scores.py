@@ -15,7 +15,7 @@ from effic.ir.sparsity import Pattern, density_mask, nm_mask
 
 # Weights worked on at a time: a piece and all that is made of it stay in the second-level cache, and
 # the calls are nothing beside it.
-_PIECE = 1 << 17
+_PIECE = 1 << 16
 
 
 class NotFiniteError(ValueError):

@@ -84,9 +84,9 @@ def sparsegpt(
     """
     groups, inputs = factor.order.shape
     order = factor.order[0, ::-1]
-    columns = np.ascontiguousarray(
-        weight.reshape(groups, -1, inputs)[:, :, order].transpose(0, 2, 1), np.float32
-    )
+    plain = length == inputs  # then groups are adjacent as they are
+    rows = weight.reshape(groups, -1, inputs)
+    columns = np.ascontiguousarray((rows if plain else rows[:, :, order]).transpose(0, 2, 1), np.float32)
     dead = factor.dead[:, order]
     fallback = (factor.fallback or "").replace("rounded to nearest", "pruned by magnitude") or None
     # Weights near the end of float32 may leave it on the way; that shows in the result.
@@ -98,14 +98,16 @@ def sparsegpt(
             pruned, mask = _walk(start, factor, target, length, blocksize)
             if not np.isfinite(pruned).all():
                 fallback = "pruned by magnitude: what makes up for losses is beyond float32"
-                plain = factor._replace(upper=np.zeros_like(factor.upper), pivots=np.ones_like(factor.pivots))
-                pruned, mask = _mask_only(columns, plain, target, length, blocksize)
-    results = []
-    for array in (pruned, mask):
-        back = np.empty((groups, columns.shape[2], inputs), array.dtype)
-        back[:, :, order] = array.transpose(0, 2, 1)
-        results.append(back.reshape(-1, inputs))
-    return SparseGptResult(*results, factor.damping, fallback)
+                alike = factor._replace(upper=np.zeros_like(factor.upper), pivots=np.ones_like(factor.pivots))
+                pruned, mask = _mask_only(columns, alike, target, length, blocksize)
+
+    def back(array: np.ndarray) -> np.ndarray:
+        turned = array.transpose(0, 2, 1)
+        if not plain:
+            turned = turned[:, :, np.argsort(order)]
+        return turned.reshape(-1, inputs)
+
+    return SparseGptResult(back(pruned), back(mask), factor.damping, fallback)
 
 
 def _spans(inputs: int, length: int, target: Pattern | float, blocksize: int) -> Iterator[tuple[int, int]]:

@@ -53,6 +53,20 @@ def _parts_allowed(name: str) -> bool:
 
 
 _PLAIN = nn.Module()
+# Names that the code torch writes for a graph reads as globals or builtins.
+_CODES_OWN = {
+    "self",
+    "torch",
+    "math",
+    "inf",
+    "nan",
+    "NoneType",
+    "device",
+    "pytree",
+    "fx_pytree",
+    "getattr",
+    "slice",
+}
 _RESERVED = ("meta", "graph", "code", "effic_constants", "effic_bodies")
 
 
@@ -78,4 +92,4 @@ def argument_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _identifier(name: str) -> bool:
-    return name.isidentifier() and name.isascii() and not keyword.iskeyword(name) and name != "self"
+    return name.isidentifier() and name.isascii() and not keyword.iskeyword(name) and name not in _CODES_OWN

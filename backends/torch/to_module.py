@@ -15,6 +15,7 @@ from effic.backends.torch.builder import GraphBuilder, Store, to_tensor
 from effic.backends.torch.convert import convert_nodes
 from effic.backends.torch.functions.control import default
 from effic.backends.torch.names import argument_names, state_keys
+from effic.backends.torch.types import TORCH_TYPES
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import ONNX_DOMAINS, Model, describe
 from effic.ir.tensors import borrow
@@ -178,13 +179,19 @@ def _plan(model: Model) -> _Plan:
 
     values = _initializers(copy.graph)
     trained = {value for value in values if _is_trained(value)}
-    names = {value: _full_name(value, slots, i) for i, value in enumerate(values)}
+    names = _full_names(values, slots)
     keys = state_keys(names.values())
     store = Store(
         initializers={value: keys[names[value]] for value in values},
         known={v for v in values if v not in trained and not v.is_graph_input()},
     )
     imports = {("" if domain in ONNX_DOMAINS else domain): v for domain, v in copy.ir.opset_imports.items()}
+    for value in values:
+        if value.const_value is not None and value.const_value.dtype not in TORCH_TYPES:
+            kind = value.const_value.dtype.name
+            store.refusals.append(
+                f"initializer '{value.name}' is of type {kind}, which torch tensors cannot hold"
+            )
     builder = GraphBuilder(store, imports)
     inputs = _arguments(copy.graph, builder)
     convert_nodes(copy.graph, builder)
@@ -222,13 +229,19 @@ def _initializers(graph: ir.Graph) -> list[ir.Value]:
     return [value for inner in (graph, *graph.subgraphs()) for value in inner.initializers.values()]
 
 
-def _full_name(value: ir.Value, slots: dict[ir.Value, Slot], index: int) -> str:
-    """Names of initializers in two branches may be the same: the second is told apart by its number."""
-    name = str(value.name)
-    slot = slots.get(value)
-    if slot is not None and not any(s.name == name and s.graph < slot.graph for s in slots.values()):
-        return name
-    return f"{name}_{index}" if slot is None else f"{name}_{slot.graph}"
+def _full_names(values: list[ir.Value], slots: dict[ir.Value, Slot]) -> dict[ir.Value, str]:
+    """Names by initializer. Those in two branches may be the same: the second is told apart by a number."""
+    names: dict[ir.Value, str] = {}
+    taken: set[str] = set()
+    # The model's own before those that came with the bodies of functions.
+    for value in sorted(values, key=lambda value: slots[value].graph if value in slots else len(slots)):
+        name, number = str(value.name), 0
+        while name in taken:
+            number += 1
+            name = f"{value.name}_{number}"
+        taken.add(name)
+        names[value] = name
+    return names
 
 
 def _is_trained(value: ir.Value) -> bool:

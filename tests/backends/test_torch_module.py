@@ -80,6 +80,17 @@ def test_state_dict_keys_are_the_initializers() -> None:
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_nothing_is_lost_or_added(name: str) -> None:
+    model = built(name)
+    module = to_module(model)
+    keys = module.meta[RECORD].keys
+    assert set(module.state_dict()) == set(keys)
+    assert {slot.name for slot in keys.values()} == set(model.graph.initializers)
+    renamed = {key: slot.name for key, slot in keys.items() if key != slot.name}
+    assert renamed in ({}, {"half_": "half"})  # nn.Module.half
+
+
 def test_initializers_of_branches_and_bodies_are_in_the_state_dict() -> None:
     model = built("control_flow")
     names = {name for graph in model.graphs() for name in graph.initializers}
@@ -236,9 +247,9 @@ def test_state_keys_change_as_little_as_can_be() -> None:
 
 
 def test_argument_names_are_identifiers() -> None:
-    assert argument_names(["x", "input.1", "input_1", "class", "0", "self"]) == {
+    assert argument_names(["x", "input.1", "input_1", "class", "0", "self", "torch"]) == {
         "x": "x", "input.1": "input_1_1", "input_1": "input_1", "class": "input_class", "0": "input_0",
-        "self": "input_self",
+        "self": "input_self", "torch": "input_torch",
     }  # fmt: skip
 
 
@@ -405,4 +416,14 @@ def test_strings_are_refused_with_the_node() -> None:
     y = g.op("Equal", x, x, at="words")
     model = Model(g.model(g.output(y, "y", ["N"], BOOL)))
     with pytest.raises(UnsupportedError, match=r"Equal '.*' has strings"):
+        to_module(model)
+
+
+def test_types_that_torch_has_not_are_refused_by_name() -> None:
+    g = Sketch(0)
+    x = g.input("x", ["N", 4])
+    values = ir.Tensor(np.zeros((4, 4), ir.DataType.FLOAT4E2M1.numpy()), name="tiny")
+    y = g.op("MatMul", x, g.op("Cast", g.weight("tiny", values), at="c", to=1), at="m")
+    model = Model(g.model(g.output(y, "y", ["N", 4])))
+    with pytest.raises(UnsupportedError, match="initializer 'tiny' is of type FLOAT4E2M1"):
         to_module(model)

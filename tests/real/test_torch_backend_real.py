@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,9 @@ import pytest
 
 import effic
 from effic.ir.evaluate import Oracle, compare_outputs, runnable_inputs
+from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
+from effic.models.sketch import Sketch
 
 torch = pytest.importorskip("torch")
 
@@ -103,3 +106,20 @@ def test_the_language_model_has_the_gradients_of_its_source(load: ModuleType, da
     # 1e-10 for everything but the epsilon of the norms, which the export holds in float32.
     for name, gradient in want.items():
         assert (got[name] - gradient).abs().max() <= 1e-7 * gradient.abs().max().clamp(min=1e-3), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
+def test_inductor_compiles_and_trains_a_small_one() -> None:
+    torch._dynamo.reset()
+    g = Sketch(0)
+    product = g.op("MatMul", g.input("x", ["N", 8]), g.normal("w", 8, 8, fan_in=8), at="a")
+    model = Model(g.model(g.output(g.op("Relu", product, at="b"), "y", ["N", 8])))
+    module = effic.to_module(model)
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    got = torch.compile(module, fullgraph=True)(x)
+    torch.testing.assert_close(got, module(x))
+    got.sum().backward()
+    compiled = module.get_parameter("w").grad.clone()
+    module.zero_grad()
+    module(x).sum().backward()
+    torch.testing.assert_close(compiled, module.get_parameter("w").grad)

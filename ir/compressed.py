@@ -148,11 +148,33 @@ class Compressed:
 
 
 class Tables:
-    """Tables and zeros that the weights of one graph share."""
+    """What the weights of a graph share: tables, and zeros to spread values over, which a runtime then
+    holds once while it loads."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self._known: dict[tuple[int, bytes, str], ir.Value] = {}
+        self._zeros: dict[tuple[int, ir.DataType, tuple[int, int]], ir.Value] = {}
+        self._first: dict[int, ir.Node] = {}
+
+    def first(self, graph: ir.Graph) -> ir.Node:
+        """The node before which all that decompresses goes: the first that is no constant."""
+        if id(graph) not in self._first:
+            self._first[id(graph)] = next(node for node in graph if node.op_type != "Constant")
+        return self._first[id(graph)]
+
+    def zeros(
+        self, graph: ir.Graph, dtype: ir.DataType, shape: tuple[int, int], target: ir.Value
+    ) -> ir.Value:
+        """A tensor of zeros of ``shape``, which ``target`` holds."""
+        key = id(graph), dtype, shape
+        if key not in self._zeros or self.model.is_function_body(graph):
+            zero = self.constant(graph, f"nm_zero_{dtype.name.lower()}", np.zeros((), dtype.numpy()))
+            node = ir.node("Expand", [zero, target])
+            node.outputs[0].name = self.model.unique_name(f"nm_zeros_{shape[0]}x{shape[1]}")
+            graph.insert_before(self.first(graph), node)
+            self._zeros[key] = node.outputs[0]
+        return self._zeros[key]
 
     def constant(self, graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
         """A constant of ``graph``, the one with the same contents if there is one."""
@@ -215,9 +237,8 @@ class _Writer:
         if parts.table is not None:
             table = self.tables.constant(self.graph, f"nm_positions_{parts.unit}", parts.table)
             places = self.node("Gather", [table, places], "nm_positions", axis=0)
-        zero = self.tables.constant(self.graph, f"nm_zero_{wide.name.lower()}", np.zeros((), wide.numpy()))
-        target = self.shape_of((units, parts.unit))
-        base = self.node("Expand", [zero, target], "nm_zeros")
+        shape = units, parts.unit
+        base = self.tables.zeros(self.graph, wide, shape, self.shape_of(shape))
         return self.node("ScatterElements", [base, places, values], "nm_spread", axis=1)
 
     def looked_up(self, parts: Parts, wide: ir.DataType) -> ir.Value:

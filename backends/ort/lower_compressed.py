@@ -50,7 +50,7 @@ class LowerCompressed(Pass):
         plain = [site for site, _ in found if site.encoding is None]
         if plain:
             count = f"{len(plain)} sparse weights are" if len(plain) > 1 else "1 sparse weight is"
-            remarks.passed(
+            remarks.missed(
                 "the model",
                 f"{count} decompressed once, when the file is loaded: small in the file, dense in memory and "
                 "speed, and up to four times that memory while loading; nm=dense trades file size for it",

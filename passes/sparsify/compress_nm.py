@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from effic.ir.compressed import Parts, Tables, build, lookup_table
 from effic.ir.encodings import Encoding, code_values, encoding_nodes, pack
-from effic.ir.model import Model, describe
+from effic.ir.model import Model, constant_tensor, describe
 from effic.ir.sparsity import Pattern, along_groups, declared
 from effic.ir.weights import KINDS, WeightSite, weight_sites
 from effic.passes.base import Numerics, Pass, Remarks, option
@@ -78,7 +78,7 @@ class CompressNM(Pass):
         for site in weight_sites(model, self.kinds):
             pattern = patterns.get(site.name, detect)
             if pattern is None:
-                dense += 1
+                dense += site.encoding is not None or constant_tensor(site.value) is not None
             elif reason := self._why_not(site):
                 remarks.missed(site.name, reason)
             elif isinstance(outcome := _compress(model, site, pattern, tables), str):
@@ -251,7 +251,7 @@ def _put(site: WeightSite, parts: Parts, tables: Tables, pattern: Pattern) -> No
     assert graph is not None
     if site.encoding is None:
         old = site.value
-        new = build(tables, parts, site.name, str(pattern), before=graph[0], graph=graph)
+        new = build(tables, parts, site.name, str(pattern), before=tables.first(graph), graph=graph)
         old.replace_all_uses_with(new)
     else:
         node = encoding_nodes(site.value)[-1]

@@ -266,6 +266,17 @@ def test_weights_share_their_tables(make_net: Any) -> None:
     assert sum("nm_positions" in name for name in model.graph.initializers) == 1
 
 
+def test_weights_of_one_shape_share_their_zeros(make_net: Any) -> None:
+    body = "a = MatMul(x, w) b = MatMul(a, v) c = Constant<value_float=2.0>() y = Mul(b, c)"
+    weights = {"w": pruned((96, 96), 0), "v": pruned((96, 96), 0)}
+    model = make_net("(float[2,96] x) => (float[2,96] y)", body, opset=21, **weights)
+    inputs = {"x": np.ones((2, 96), np.float32)}
+    want = Oracle(model).run(inputs)["y"]
+    assert compress(model, detect="2:4").count("passed") == 2
+    assert sum(node.op_type == "Expand" for node in model.graph) == 1
+    np.testing.assert_array_equal(Oracle(model).run(inputs)["y"], want)
+
+
 def test_in_a_branch(make_net: Any) -> None:
     body = """y = If (c) <then_branch = t () => (float[2,64] p) { p = MatMul(x, w) },
                         else_branch = e () => (float[2,64] q) { q = MatMul(x, w) }>"""

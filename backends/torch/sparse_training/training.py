@@ -73,23 +73,30 @@ class Finished:
     layers: Mapping[str, Layer]
     initializers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def declare(self, model: Model) -> None:
+    def declare(self, model: Model) -> list[str]:
         """Write into a model that these weights follow their patterns, after checking that they do.
 
         Args:
             model: the trained module captured, or what ``read_back`` made of the model it was built from.
 
+        Returns:
+            Names of weights that the model has, but not where a pattern can be seen: behind the call of a
+            function. They are not declared.
+
         Raises:
             UsageError: the model has no weight of such a name.
             CheckFailedError: a weight does not follow its pattern; nothing was declared.
         """
-        sites = {site.name: site for site in weight_sites(model)}
+        sites = {site.name: site for site in weight_sites(model) if site.shape}
+        constants = {name for graph in (model.graph, *model.graph.subgraphs()) for name in graph.initializers}
         layers = {self.initializers.get(name, name): layer for name, layer in self.layers.items()}
         for name, layer in layers.items():
             if name not in sites:
-                raise UsageError(
-                    f"the model has no weight '{name}'; give the model of the module that was trained"
-                )
+                if name not in constants:
+                    raise UsageError(
+                        f"the model has no weight '{name}'; give the model of the trained module"
+                    )
+                continue
             site = sites[name]
             with site.matrix() as matrix:
                 broken, groups = violations(along_groups(site, matrix), layer.pattern, axis=1)
@@ -98,8 +105,9 @@ class Finished:
                     f"weight '{name}' breaks the {layer.pattern} pattern in {broken:,} of {groups:,} groups; "
                     "give what read_back() returns after finish()"
                 )
-        for name, layer in layers.items():
-            declare(model, name, layer.pattern)
+        for name in layers.keys() & sites.keys():
+            declare(model, name, layers[name].pattern)
+        return sorted(layers.keys() - sites.keys())
 
 
 class SparseTraining:
@@ -285,7 +293,9 @@ def finish(module: nn.Module) -> Finished:
             layers[name] = _bake(weight, kept, mask.pattern)
         take_off(place)
     record = getattr(module, "meta", {}).get(RECORD)
-    renamed = {} if record is None else {key: slot.name for key, slot in record.keys.items() if key != slot.name}
+    renamed = (
+        {} if record is None else {key: slot.name for key, slot in record.keys.items() if key != slot.name}
+    )
     return Finished(layers, renamed)
 
 

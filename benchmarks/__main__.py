@@ -19,6 +19,7 @@ NAMES = (
     "conv_bn_finetune",
     "adapters_as_inputs",
     "merge_large",
+    "adapters_quality",
     "real_models",
     "quality",
     "speed",

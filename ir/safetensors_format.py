@@ -118,7 +118,9 @@ def _place(path: str, name: str, row: Any) -> tuple[int, int]:
         raise InvalidModelError(
             f"{path} holds the tensor {name!r:.200} of type {dtype!r:.80}, which is not known here."
         )
-    if not all(type(v) is int and 0 <= v < 1 << 63 for v in (*shape, *offsets)) or len(shape) > 32:
+    possible = all(type(v) is int and 0 <= v < 1 << 63 for v in (*shape, *offsets)) and len(shape) <= 32
+    # Of a tensor without elements too: arrays of other sizes beside the zero are as impossible.
+    if not possible or math.prod(v for v in shape if v) >= 1 << 56:
         raise InvalidModelError(f"{path} is damaged: the tensor {name!r:.200} has an impossible shape or place.")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise InvalidModelError(f"{path} is damaged: the tensor {name!r:.200} does not fill its place.")

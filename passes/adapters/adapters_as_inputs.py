@@ -140,10 +140,12 @@ def _add_branch(use: WeightUse, dtype: ir.DataType, factors: list[ir.Value], mod
 
     def make(op_type: str, inputs: list[ir.Value | None], role: str, shape: ir.Shape | None) -> ir.Value:
         nonlocal after
-        made = ir.node(op_type, inputs, name=f"{use.node.name or use.node.op_type}.{role}")
+        made = ir.node(op_type, inputs)
         made.metadata_props.update(metadata)
         out = made.outputs[0]
         out.name, out.shape = model.unique_name(f"{y.name}.{role}"), shape
+        # Nodes need not have names, but runtimes take no two of one name.
+        made.name = f"{use.node.name}.{role}" if use.node.name else out.name
         out.type = ir.TensorType(dtype)
         if after.graph is not None:
             after.graph.insert_after(after, made)

@@ -51,7 +51,7 @@ class MergeLora(Pass):
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
     adapters: tuple[str, ...] = option(
-        help="adapter folders: FOLDER or FOLDER=WEIGHT", example="[my_adapter]"
+        help='adapter folders: FOLDER, or "FOLDER=WEIGHT" in quotes', example="[my_adapter]"
     )
     map: str = option("", help="file of PATH = NAME lines, for weights that go by other names in the model")
     combine: Literal[

@@ -146,7 +146,8 @@ def add_branch(
         outer = ir.node("MatMul", [inner.outputs[0], second], name=f"{name}.lora_B.MatMul")
         add = ir.node("Add", [outer.outputs[0], outer.outputs[0]], name=f"{name}.lora.Add")
         for made in (inner, outer, add):
-            made.outputs[0].name = model.unique_name(made.name or name)
+            # Of its own also where several nodes read the weight: runtimes take no two nodes of one name.
+            made.name = made.outputs[0].name = model.unique_name(made.name or name)
             made.outputs[0].type = out.type
         outer.outputs[0].shape = add.outputs[0].shape = out.shape
         owner.insert_after(node, [inner, outer, add])

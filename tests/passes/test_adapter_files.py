@@ -130,6 +130,14 @@ def test_a_bf16_bin_file(tmp_path: Path, write_adapter: WriteAdapter) -> None:
     assert a.dtype == ml_dtypes.bfloat16
 
 
+def test_an_empty_tensor_of_impossible_size(tmp_path: Path, write_adapter: WriteAdapter) -> None:
+    folder = Path(write_adapter(tmp_path / "a", PAIR))
+    header = json.dumps({"q": {"dtype": "F32", "shape": [0, 1 << 62], "data_offsets": [0, 0]}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(InvalidModelError, match="impossible shape"):
+        read_adapter(folder)
+
+
 def test_the_digest_is_of_config_and_tensors(tmp_path: Path, write_adapter: WriteAdapter) -> None:
     one = read_adapter(write_adapter(tmp_path / "a", PAIR))
     same = read_adapter(write_adapter(tmp_path / "b", PAIR))

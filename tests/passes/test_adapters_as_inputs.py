@@ -191,3 +191,17 @@ def test_a_fused_projection_by_a_map(make_net, write_adapter, tmp_path) -> None:
     np.testing.assert_allclose(delta[:4], tensors["q.lora_B.weight"] @ tensors["q.lora_A.weight"], rtol=1e-5)
     assert not delta[4:8].any()
     np.testing.assert_allclose(delta[8:], tensors["v.lora_B.weight"] @ tensors["v.lora_A.weight"], rtol=1e-5)
+
+
+def test_nodes_without_names(make_net) -> None:
+    """Two products of one kind would have given two nodes of one name, which onnxruntime refuses."""
+    model = make_net(
+        "(float[N,64] x) => (float[N,64] y)",
+        "h = MatMul(x, one) y = MatMul(h, two)",
+        one=normal(64, 64),
+        two=normal(64, 64),
+    )
+    result = run_passes(model, [AdaptersAsInputs(rank=2)], checker=Checker(model))
+    assert (result.steps[0].passed, result.steps[0].verdict) == (2, "exact")
+    names = [node.name for node in model.graph if node.name]
+    assert len(set(names)) == len(names)

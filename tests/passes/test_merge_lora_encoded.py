@@ -112,6 +112,27 @@ def test_a_branch_beside_a_gemm(make_net: MakeNet, write_adapter: WriteAdapter, 
     close(Oracle(model).run({"x": x})["y"], before + 0.5 * x @ delta(tensors, "q").T, 1e-5)
 
 
+def test_branches_of_a_weight_that_is_read_twice(
+    make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path
+) -> None:
+    weight, x = 0.1 * normal(64, 64), normal(5, 64)
+    model = net(
+        make_net,
+        "h = MatMul(x, q__weight) y = MatMul(h, q__weight)",
+        opset=21,
+        sig="(float[N,64] x) => (float[N,64] y)",
+        q__weight=weight,
+    )
+    (item,) = parse_passes("quantize-rtn{min_size=0,group_size=32}")
+    item.apply(model, Remarks())
+    model.forget_names()
+    whole = weight_sites(model)[0].read()
+    tensors = lora("q", 64, 64)
+    merge(model, write_adapter(tmp_path / "a", tensors, lora_alpha=0.1), requantize="keep_branch")
+    whole = whole + delta(tensors, "q", 0.05)
+    close(Oracle(model).run({"x": x})["y"], x @ whole.T @ whole.T, 1e-5)
+
+
 def test_outliers_stay_exact(make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path) -> None:
     weight = normal(64, 48)
     weight[3, 5] = 40

@@ -138,6 +138,13 @@ def test_pooling(
     compare(op_type, [x], (), outputs, ceil_mode=int(ceil_mode), **attributes)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.float64])
+def test_max_pool_of_other_types(dtype: Any) -> None:
+    low = np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else -100
+    x = np.random.default_rng(0).integers(low, low + 60, (1, 2, 5, 6)).astype(dtype)
+    compare("MaxPool", [x], kernel_shape=[3, 2], pads=[1, 1, 1, 0], strides=[2, 1])
+
+
 @FEW
 @given(window=windows(), group=st.integers(1, 2), bias=st.booleans(), seed=st.integers(0, 99))
 def test_convolution(window: tuple[list[int], dict[str, Any]], group: int, bias: bool, seed: int) -> None:

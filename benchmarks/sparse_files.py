@@ -29,7 +29,7 @@ from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 
 LAYERS, SIZE = 24, 1024
-MODELS = ("stories260k", "MiniLM-L6", "resnet20", "chain fp32", "chain fp16")
+MODELS = ("stories260k", "minilm", "resnet20", "chain fp32", "chain fp16")
 
 PRUNE = "prune-magnitude"
 IMPORT = "import onnxruntime"

@@ -276,7 +276,8 @@ def _group_norm(node: ir.Node, channels: Channels) -> Result:
 def _reduce(node: ir.Node, channels: Channels) -> Result:
     x = _axes(node, 0, channels)
     found = _ints(node, "axes", 1)
-    if not found and node.attributes.get_int("noop_with_empty_axes", 0):
+    noop = node.attributes.get_int("noop_with_empty_axes", 0)
+    if noop and not found:
         return [0], [x]
     gone = {axis % len(x) for axis in found} if found else set(range(len(x)))
     for axis in gone:

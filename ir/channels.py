@@ -249,9 +249,14 @@ class Channels:
         self.model = model
         self._axes: dict[ir.Value, tuple[Dim, ...]] = {}
         self._shapes = _Shapes(model)
-        self._outside()
+        for value in model.graph.inputs:
+            self.freeze(value, f"come from the graph input '{value.name}'")
         for node in model.graph:
             self._visit(node, follow)
+        # Last, when it is known which channels their values carry.
+        for node in model.graph:
+            for value in read_values(node) if subgraphs(node) else ():
+                self.freeze(value, f"are read by {describe(node)}, into which channels are not followed")
         for value in model.graph.outputs:
             self.freeze(value, f"reach the graph output '{value.name}'")
 
@@ -313,9 +318,9 @@ class Channels:
                 continue
             with borrow(tensor) as array:
                 for axis, dim in enumerate(self._axes[value]):
-                    order = dim.order(orders)
-                    if order is not None:
-                        array = np.take(array, order, axis)
+                    moved = dim.order(orders)
+                    if moved is not None:
+                        array = np.take(array, moved, axis)
                 new = self.model.scratch.tensor(value.name or "", array, tensor.dtype)
                 del array
             node = value.producer()
@@ -328,15 +333,6 @@ class Channels:
                     value.const_value = new
         return list(values)
 
-    def _outside(self) -> None:
-        """What callers and subgraphs see keeps its order."""
-        for value in self.model.graph.inputs:
-            self.freeze(value, f"come from the graph input '{value.name}'")
-        for node in self.model.graph:
-            if subgraphs(node):
-                for value in read_values(node):
-                    self.freeze(value, f"are read by {describe(node)}, into which channels are not followed")
-
     def _visit(self, node: ir.Node, follow: Follow) -> None:
         try:
             handled, results = follow(node, self)
@@ -345,13 +341,13 @@ class Channels:
                 if shape is not None and shape != tuple(dim.size for dim in dims):
                     raise Unfollowed("has a shape that was not expected")
                 self._axes[value] = tuple(dims)
-            for index, value in enumerate(node.inputs):
+            for index, source in enumerate(node.inputs):
                 if index not in handled:
-                    self.freeze(value, f"are a parameter of {describe(node)}")
+                    self.freeze(source, f"are a parameter of {describe(node)}")
             rest = node.outputs[len(results) :]
         except Unfollowed as problem:
-            for value in node.inputs:
-                self.freeze(value, f"are read by {describe(node)}, which {problem}")
+            for source in node.inputs:
+                self.freeze(source, f"are read by {describe(node)}, which {problem}")
             rest = node.outputs
         for value in rest:
             self.freeze(value, f"are made by {describe(node)}, through which channels are not followed")
@@ -367,12 +363,14 @@ class _Shapes:
                 if not isinstance(dim, int) and dim.value:
                     image = value.shape is not None and len(value.shape) > 3
                     sizes.setdefault(str(dim.value), _FIRST if axis == 0 else _PIXELS if image else _OTHER)
+        self._sizes = sizes
         self._known = static_shapes(model, sizes)
 
     def of(self, value: ir.Value) -> tuple[int, ...] | None:
         tensor = constant_tensor(value)
         if tensor is not None:
             return tuple(int(size) for size in tensor.shape.numpy())
-        if value.shape is not None and value.shape.is_static():
-            return tuple(int(size) for size in value.shape.numpy())
+        declared = [d if isinstance(d, int) else self._sizes.get(str(d.value)) for d in value.shape or ()]
+        if value.shape is not None and None not in declared:
+            return tuple(size for size in declared if size is not None)
         return self._known.get(value.name or "")

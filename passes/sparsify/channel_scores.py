@@ -79,4 +79,5 @@ def scores(site: WeightSite, places: np.ndarray, norms: np.ndarray | None) -> np
 def sampled_rows(matrix: np.ndarray, count: int) -> np.ndarray:
     """Some rows of a matrix, spread evenly over large and small ones; which, only their content decides."""
     order = np.lexsort(content_keys(matrix, 1))
-    return matrix[order[np.linspace(0, len(matrix) - 1, count).round().astype(int)]]
+    chosen: np.ndarray = matrix[order[np.linspace(0, len(matrix) - 1, count).round().astype(int)]]
+    return chosen

@@ -35,8 +35,10 @@ _LARGEST_SOLVED = 6
 # Partitions of a window of three groups that are still tried one by one (three groups of four).
 _MOST_PARTITIONS = 5775
 # Work that is spent, in multiplications' worth of array arithmetic: on a whole table of pairs, on a table
-# of swaps, on windows of three groups, and on all escape attempts together. About a second each, and a third of one for the last.
+# of swaps, on windows of three groups, and on all escape attempts together: about a second each, and a
+# third of one for the last. Each round of windows counts for some more, for its hundreds of small calls.
 _PAIR_WORK, _SWAP_WORK, _TRIPLE_WORK, _ESCAPE_WORK = 1.5e9, 1.5e8, 2e9, 3e8
+_CALLS = 2e6
 # Steps on a sampled table end when the last ten rounds together gained less than this share.
 _PATIENCE, _LATE_SHARE = 10, 1e-4
 # The least rows a table is made of.
@@ -367,7 +369,7 @@ class _State:
         # The group with the fillers stays the last.
         last = (result >= self.columns).any(axis=2).argsort(axis=1, kind="stable")
         result = np.take_along_axis(result, last[:, :, None], axis=1)
-        self.work += len(windows) * self.table.shape[1] * _cost(width, self.m)
+        self.work += _CALLS + len(windows) * self.table.shape[1] * _cost(width, self.m)
         return result, kept
 
     def _swap(self, groups: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -475,4 +477,4 @@ def _cost(width: int, m: int) -> float:
 
 def _partitions(width: int, m: int) -> int:
     """Ways to cut ``width·m`` columns into groups of ``m``."""
-    return math.factorial(width * m) // (math.factorial(m) ** width * math.factorial(width))
+    return math.factorial(width * m) // (int(math.factorial(m) ** width) * math.factorial(width))

@@ -183,7 +183,7 @@ class PermuteChannels(CalibratedPass):
                 before += kept_score(part, pattern)
                 after += kept_score(part, pattern, found.order)
             found = Found(found.order, before, after, found.rows, found.attempts)
-        return found, max(total, np.finfo(np.float32).tiny)
+        return found, max(total, float(np.finfo(np.float32).tiny))
 
 
 @dataclass(eq=False)

@@ -26,21 +26,28 @@ RECORD = "effic"
 
 _TRAINED = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
-# Inputs that are floats and no weights: statistics, scales of integer codes, bounds, factors.
+# Inputs that are floats and no weights: statistics, scales of integer codes, bounds, factors, windows,
+# states to start from.
 _NEVER_TRAINED: dict[str, tuple[int, ...]] = {
     "BatchNormalization": (3, 4),
     "Clip": (1, 2),
     "DequantizeLinear": (1,),
     "DynamicQuantizeLinear": (0,),
     "Dropout": (1,),
+    "GRU": (5,),
+    "GatherBlockQuantized": (2, 3),
+    "LSTM": (5, 6),
+    "MatMulNBits": (2, 3),
     "NonMaxSuppression": (3, 4),
     "OneHot": (2,),
     "Pad": (2,),
     "QLinearConv": (1, 4, 6),
     "QLinearMatMul": (1, 4, 6),
     "QuantizeLinear": (1,),
+    "RNN": (5,),
     "Range": (0, 1, 2),
     "Resize": (1, 2),
+    "STFT": (2,),
     "Upsample": (1,),
 }
 # A single number that these read is a constant of the formula (a square root, an epsilon).

@@ -307,6 +307,15 @@ def test_sequence_lengths_stop_each_item_where_it_ends() -> None:
         np.testing.assert_allclose(of_batch[:, 1:], of_one, rtol=1e-5, atol=1e-6)
 
 
+def test_states_to_start_from_are_not_trained() -> None:
+    inputs = [normal(3, 2, 4), normal(1, 16, 4), normal(1, 16, 4), None, None, normal(1, 2, 4)]
+    proto, feeds = one_node("LSTM", inputs, (1, 2, 5), hidden_size=4)
+    module = to_module(Model(ir.from_proto(proto)))
+    assert {name for name, _ in module.named_parameters()} == {"i1", "i2"}
+    module(**{name: to_tensor(array) for name, array in feeds.items()}).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 # -- operators without a case of ONNX's ------------------------------------------------------------
 
 
@@ -367,6 +376,19 @@ def test_matmul_nbits_of_two_bits_by_hand() -> None:
     np.testing.assert_allclose(
         by_torch(proto, feeds)[0], x @ ((codes - 2.0) * scales[:, None]).T, rtol=1e-5, atol=1e-5
     )
+
+
+def test_packed_weights_are_not_trained_and_pass_gradients_on() -> None:
+    inputs = [normal(3, 16), packed(4, 2, 16, 16), np.ones(2, F32)]
+    proto, _ = one_node(
+        "MatMulNBits", inputs, (1, 2), domain="com.microsoft", K=16, N=2, bits=4, block_size=16
+    )
+    module = to_module(Model(ir.from_proto(proto)))
+    assert not list(module.parameters())
+    x = torch.randn(3, 16, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.any()
 
 
 def test_matmul_nbits_refuses_other_widths() -> None:

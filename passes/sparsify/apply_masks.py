@@ -56,6 +56,9 @@ class ApplyMasks(Pass):
             mask = self._mask(site, array)
             if isinstance(mask, str):
                 remarks.missed(site.name, mask)
+            elif _is_applied(site, mask):
+                declare(model, site.name, Pattern(self.n, self.m))
+                remarks.missed(site.name, "is zero already wherever its mask is")
             else:
                 self._apply(model, site, mask, remarks)
         for name in masks:
@@ -77,9 +80,6 @@ class ApplyMasks(Pass):
         broken, groups = violations(along_groups(site, mask), pattern, axis=1)
         if broken:
             return f"its mask keeps more than {pattern} in {broken:,} of {groups:,} groups"
-        with site.matrix() as matrix:
-            if not matrix[~mask].any():
-                return "is zero already wherever its mask is"
         return mask
 
     def _apply(self, model: Model, site: WeightSite, mask: np.ndarray, remarks: Remarks) -> None:
@@ -96,3 +96,8 @@ class ApplyMasks(Pass):
         site.replace(tensor)
         declare(model, site.name, pattern)
         report(remarks, site, pattern, kept, "mask", Before(site, None))
+
+
+def _is_applied(site: WeightSite, mask: np.ndarray) -> bool:
+    with site.matrix() as matrix:
+        return not matrix[~mask].any()

@@ -109,6 +109,9 @@ class Adapter:
     rows: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+# No path of a module is longer; names are repeated in messages.
+_NAME_LENGTH = 500
+
 _FLOATS = (np.float32, np.float16, np.float64, ml_dtypes.bfloat16)
 
 # Ends of keys, in the order they are tried, and what the rest of effic calls the tensor.
@@ -158,8 +161,8 @@ class Sorting:
 
     def take(self, key: str, tensor: np.ndarray) -> None:
         """File a tensor under its module."""
-        if not key.isprintable():
-            raise self.wrong(f"the name {key!r:.200} of a tensor holds characters that no module's name has.")
+        if not key.isprintable() or len(key) > _NAME_LENGTH:
+            raise self.wrong(f"the name {key!r:.200} of a tensor is longer than names are, or no text.")
         path, role = _split(key)
         if path is None:
             raise self.wrong(f"the tensor '{key:.200}' is of no kind that is known here.")
@@ -168,7 +171,9 @@ class Sorting:
             wanted = "whole numbers" if integer else "fp32, fp16, bf16 or fp64"
             raise self.wrong(f"the tensor '{key:.200}' is of type {tensor.dtype}; expected {wanted}.")
         if not integer and not _finite(tensor):
-            raise self.wrong(f"the tensor '{key:.200}' holds NaN or infinity; it would spoil the base.")
+            raise self.wrong(
+                f"the tensor '{key:.200}' holds NaN, infinity or numbers beyond fp32; it would spoil the base."
+            )
         target = self.replacements if role == "whole" else self.parts.setdefault(path, {})
         if (path if role == "whole" else role) in target:
             raise self.wrong(f"the tensor '{key:.200}' is there twice.")
@@ -268,10 +273,15 @@ class Sorting:
 
 
 def _finite(tensor: np.ndarray) -> bool:
-    """Whether all numbers are finite, looking at a piece at a time."""
+    """Whether all numbers are finite, in fp32 too, looking at a piece at a time."""
     flat = tensor.reshape(-1)
     step = 1 << 20
-    return all(bool(np.isfinite(flat[at : at + step]).all()) for at in range(0, flat.size, step))
+    with np.errstate(over="ignore"):
+        pieces = (flat[at : at + step] for at in range(0, flat.size, step))
+        return all(
+            bool(np.isfinite(piece.astype(np.float32) if piece.itemsize > 4 else piece).all())
+            for piece in pieces
+        )
 
 
 def _split(key: str) -> tuple[str | None, str]:

@@ -104,6 +104,12 @@ def merge(model: Model, target: Target, recipe: Recipe) -> Merged:
     Raises:
         UnsupportedError: the result cannot be written in the form that was asked for, or is not finite.
     """
+    # What overflows is refused in words, by looking at the result.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _merge(model, target, recipe)
+
+
+def _merge(model: Model, target: Target, recipe: Recipe) -> Merged:
     site = target.place.site
     if site is not None and site.encoding is not None:
         return _merge_encoded(model, target, site, recipe)
@@ -342,7 +348,10 @@ def _keep_branch(model: Model, target: Target, site: WeightSite, recipe: Recipe)
         return Merged(None)
     stored = site.dtype.numpy()
     base = site.read()
-    add_branch(model, uses, site.name, a.astype(stored), b.astype(stored), recipe.mark)
+    narrow = a.astype(stored), b.astype(stored)
+    if not all(np.isfinite(factor).all() for factor in narrow):
+        raise _too_large(target.place)
+    add_branch(model, uses, site.name, *narrow, recipe.mark)
     return Merged(site.name, _relative(size, norm(base)), kept_branch=True)
 
 

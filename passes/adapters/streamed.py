@@ -55,7 +55,8 @@ class Term(NamedTuple):
     def norm(self) -> float:
         """Frobenius norm of the product, without forming it: ``√Σ (LᵀL ∘ RRᵀ)``."""
         left, right = self.left.astype(np.float64), self.right.astype(np.float64)
-        return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T)))))
+        square = float(np.sum((left.T @ left) * (right @ right.T)))
+        return math.inf if math.isnan(square) else math.sqrt(max(0.0, square))
 
     def largest(self) -> float:
         """What no element of the product exceeds (Cauchy and Schwarz)."""
@@ -157,12 +158,13 @@ class MergedTensor(ir.LazyTensor):
         touched = [t for t in self.terms if t.rows[0] < start + count and start < t.rows[1]]
         if not touched:
             return block
-        if sums.dtype != block.dtype:
-            np.copyto(sums, block, casting="unsafe")
-        for term in touched:
-            _add(sums, start, term)
-        if sums.dtype != block.dtype:
-            with np.errstate(over="ignore"):
+        # Each thread has a state of its own; what is infinite is found by overflows().
+        with np.errstate(over="ignore", invalid="ignore"):
+            if sums.dtype != block.dtype:
+                np.copyto(sums, block, casting="unsafe")
+            for term in touched:
+                _add(sums, start, term)
+            if sums.dtype != block.dtype:
                 np.copyto(block, sums, casting="unsafe")
         return block
 

@@ -149,8 +149,8 @@ NAN = np.full_like(A, np.nan)
 REFUSED_TENSORS: dict[str, tuple[dict[str, np.ndarray], dict[str, object], str]] = {
     "a without b": ({"q.lora_A.weight": A}, {}, r"'q' has lora_A.weight but no lora_B.weight"),
     "b without a": ({"q.lora_B.weight": B}, {}, r"no lora_A.weight"),
-    "nan": ({**PAIR, "q.lora_A.weight": NAN}, {}, "NaN or infinity"),
-    "infinity": ({**PAIR, "q.lora_B.weight": np.full_like(B, np.inf)}, {}, "NaN or infinity"),
+    "nan": ({**PAIR, "q.lora_A.weight": NAN}, {}, "NaN, infinity"),
+    "infinity": ({**PAIR, "q.lora_B.weight": np.full_like(B, np.inf)}, {}, "NaN, infinity"),
     "integers": ({**PAIR, "q.lora_A.weight": A.astype(np.int8)}, {}, "of type int8"),
     "shapes": ({"q.lora_A.weight": A, "q.lora_B.weight": B.T}, {}, "do not fit one another"),
     "empty": ({"q.lora_A.weight": A[:0], "q.lora_B.weight": B[:, :0]}, {}, "do not fit one another"),
@@ -395,11 +395,21 @@ def test_rows_that_are_none(tmp_path: Path, write_adapter: WriteAdapter, rows: o
         read_adapter(write_adapter(tmp_path / "a", tensors, trainable_token_indices=rows))
 
 
-@pytest.mark.parametrize("name", ["q\0.lora_A.weight", "q\nerror.lora_A.weight", "\x1b[2Jq.lora_A.weight"])
+@pytest.mark.parametrize(
+    "name", ["q\0.lora_A.weight", "q\nerror.lora_A.weight", "\x1b[2Jq.lora_A.weight", "q." * 9000 + "weight"]
+)
 def test_names_that_would_steer_a_terminal(tmp_path: Path, write_adapter: WriteAdapter, name: str) -> None:
-    with pytest.raises(InvalidModelError, match="holds characters that no module's name has") as caught:
+    with pytest.raises(InvalidModelError, match="is longer than names are, or no text") as caught:
         read_adapter(write_adapter(tmp_path / "a", {name: A, "q.lora_B.weight": B}))
     assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_numbers_that_single_precision_lacks(tmp_path: Path, write_adapter: WriteAdapter) -> None:
+    """They would become infinite where sums are computed; the norm of that was taken for nothing."""
+    tensors = {"q.lora_A.weight": np.full((2, 4), 1e300), "q.lora_B.weight": B}
+    with pytest.raises(InvalidModelError, match="numbers beyond fp32"):
+        read_adapter(write_adapter(tmp_path / "a", tensors))
 
 
 def _expanded(torch: Any) -> Any:

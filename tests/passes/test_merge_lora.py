@@ -455,6 +455,18 @@ def test_a_sum_that_half_precision_cannot_hold(
     assert not kept.exists(), "nothing is left of a merge that failed"
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_products_that_overflow_are_refused_without_warnings(
+    make_net: MakeNet, write_adapter: WriteAdapter, tmp_path: Path, use_dora: bool
+) -> None:
+    """Warnings are errors in these tests."""
+    tensors = {key: np.full_like(value, 1e30) for key, value in lora("q", 3, 4).items()}
+    if use_dora:
+        tensors["q.lora_magnitude_vector"] = np.ones(3, np.float32)
+    with pytest.raises(UnsupportedError, match="FLOAT cannot hold"):
+        merge(linear(make_net), write_adapter(tmp_path / "a", tensors, use_dora=use_dora))
+
+
 def test_an_overflow_is_looked_for_where_it_may_be() -> None:
     top = np.finfo(np.float16).max
     base = ir.Tensor(np.full((4, 4), top), name="w")

@@ -26,6 +26,7 @@ NAMES = (
     "quantize_time",
     "sparse_files",
     "sparsity",
+    "sparse_training",
     "prune_time",
 )
 

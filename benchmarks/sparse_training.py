@@ -156,7 +156,12 @@ def resnet20(folder: Path, settings: FineTune) -> None:
 
 
 def _row(
-    subject: CifarResNet, weights: str, recipe: str, path: Path, finished: Any = None, seconds: float | None = None
+    subject: CifarResNet,
+    weights: str,
+    recipe: str,
+    path: Path,
+    finished: Any = None,
+    seconds: float | None = None,
 ) -> list[object]:
     scores = subject.score(path).cells
     energy = "" if finished is None else f"{_mean(x.kept_energy for x in finished.layers.values()):.3f}"

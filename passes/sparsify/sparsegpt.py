@@ -168,6 +168,7 @@ def _walk(
         values = columns[:, first:last].copy()
         if first:
             values += lower[:, :, :first] @ losses[:, :first]
+        settle = dict(zip(block, _settling(block, first, lower), strict=True))
         for strip in _gathered(block, _STRIP):
             left, right = strip[0][0], strip[-1][1]
             if left > first:
@@ -178,7 +179,9 @@ def _walk(
                 now, inner = values[:, here], lower[:, here, span]
                 if start > left:
                     now += lower[:, here, left:start] @ losses[:, left:start]
-                _settle(now, columns[:, span], inner)
+                # What the columns of the span would be if each were left as it was at first becomes what
+                # they are if none of them is pruned: what the paper has in W when their turn comes.
+                now[:] = columns[:, span] + settle[start, stop] @ (now - columns[:, span])
                 mask[:, span] = choose(np.abs(now) * pivots[:, span])
                 _prune_span(now, mask[:, span], inner)
                 pruned[:, span] = now
@@ -198,20 +201,23 @@ def _gathered(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple[in
         yield block
 
 
-def _settle(values: np.ndarray, columns: np.ndarray, inner: np.ndarray) -> None:
-    """Make of the values that the columns of a span would have if each were left as it was at first those
-    that they have if none of them is pruned: what the paper has in ``W`` when their turn comes.
+def _settling(block: list[tuple[int, int]], first: int, lower: np.ndarray) -> list[np.ndarray]:
+    """For every span what settles its values, ``[G, run, run]``: ``(I + L)⁻¹``, ``L`` what each loss of the
+    span adds to later columns of it.
 
     Args:
-        values: ``[G, run, outputs]``, changed.
-        columns: the weight itself.
-        inner: ``[G, run, run]``, what each loss of the span adds to later columns of it.
+        block: the spans.
+        first: first column of the block.
+        lower: ``[G, columns of the block, columns up to its end]``.
     """
-    run = values.shape[1]
-    moved = np.subtract(columns, values)
-    for t in range(1, run):
-        values[:, t] += (inner[:, t : t + 1, :t] @ moved[:, :t])[:, 0]
-        np.subtract(columns[:, t], values[:, t], out=moved[:, t])
+    # The factor has ones on its diagonal, or nothing at all where there is none.
+    inner = [np.tril(lower[:, start - first : stop - first, start:stop], -1) for start, stop in block]
+    runs = [array.shape[1] for array in inner]
+    if len(set(runs)) == 1:
+        return list(np.linalg.inv(np.stack(inner) + np.eye(runs[0], dtype=np.float32)))
+    return [
+        np.linalg.inv(array + np.eye(run, dtype=np.float32)) for array, run in zip(inner, runs, strict=True)
+    ]
 
 
 def _prune_span(values: np.ndarray, mask: np.ndarray, inner: np.ndarray) -> None:
@@ -220,7 +226,7 @@ def _prune_span(values: np.ndarray, mask: np.ndarray, inner: np.ndarray) -> None
     Args:
         values: ``[G, run, outputs]``, settled; changed to the pruned ones.
         mask: of the same shape.
-        inner: see :func:`_settle`.
+        inner: ``[G, run, run]``, what each loss of the span adds to later columns of it.
     """
     # A settled column that stays as it is adds nothing to later ones, which have its share already.
     moved = np.empty_like(values)

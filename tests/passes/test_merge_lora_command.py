@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from effic.ir.safetensors_format import write_safetensors
 from tests.passes.adapter_nets import MakeNet, WriteAdapter, linear, lora
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def run(*arguments: str) -> int:
@@ -56,3 +65,91 @@ def test_a_map_by_a_flag(
     assert not (tmp_path / "out.onnx").exists()
     assert run(*arguments, f"fuse-conv-bn,{merging}", *flag) == 0
     assert (tmp_path / "out.onnx").exists()
+
+
+class _Payload:
+    """Runs a command when it is unpickled by anything that unpickles it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("pwned",)
+
+
+def _pickle(folder: Path) -> None:
+    (folder / TENSORS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"q.lora_A.weight": _Payload()}))
+
+
+def _link(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).symlink_to("/etc/passwd")
+
+
+def _pipe(folder: Path) -> None:
+    (folder / TENSORS).unlink()
+    os.mkfifo(folder / TENSORS)
+
+
+def _header(text: bytes, length: int | None = None, rest: bytes = b"") -> Callable[[Path], object]:
+    data = struct.pack("<Q", len(text) if length is None else length) + text + rest
+    return lambda folder: (folder / TENSORS).write_bytes(data)
+
+
+def _tensors(**changed: np.ndarray) -> Callable[[Path], object]:
+    tensors = {**lora("q", 3, 4), **{key.replace("__", "."): value for key, value in changed.items()}}
+    return lambda folder: write_safetensors(folder / TENSORS, tensors)
+
+
+def _config(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / CONFIG).write_text(text)
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "a pickled object": _pickle,
+    "a link out of the folder": _link,
+    "a pipe": _pipe,
+    "NaN": _tensors(q__lora_A__weight=np.full((2, 4), np.nan, np.float32)),
+    "a product that overflows": _tensors(
+        q__lora_A__weight=np.full((2, 4), 1e30, np.float32),
+        q__lora_B__weight=np.full((3, 2), 1e30, np.float32),
+    ),
+    "numbers of fp64": _tensors(q__lora_A__weight=np.full((2, 4), 1e300)),
+    "integers": _tensors(q__lora_A__weight=np.ones((2, 4), np.int32)),
+    "a name with NUL": _tensors(**{"q\0__weight": np.ones((2, 4), np.float32)}),
+    "a name without end": _tensors(**{"q__" * 9000 + "weight": np.ones((2, 4), np.float32)}),
+    "a header of exabytes": _header(b"{}", 1 << 62),
+    "a header of brackets": _header(b"[" * 100_000),
+    "a name twice": _header(b'{"a": {}, "a": {}}'),
+    "an impossible shape": _header(
+        b'{"q.lora_A.weight": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}'
+    ),
+    "a configuration of brackets": _config("[" * 100_000),
+    "a field twice": _config('{"peft_type": "LORA", "r": 2, "r": 3}'),
+    "a field that steers the terminal": _config('{"peft_type": "LORA", "r": 2, "\\u001b[2J\\n": 1}'),
+    "a pattern that is none inside brackets": _config(
+        json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": {"(?i)q": 2}})
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_folders(
+    make_net: MakeNet,
+    write_adapter: WriteAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+) -> None:
+    if case == "a pickled object":
+        pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    linear(make_net).save(tmp_path / "m.onnx")
+    HOSTILE[case](Path(write_adapter(tmp_path / "a", lora("q", 3, 4))))
+    before = sorted(tmp_path.rglob("*"))
+    merging = "merge-lora{adapters=[a],keep_original=kept.safetensors}"
+    assert run("optimize", "m.onnx", "--check", "off", "-o", "out.onnx", "--passes", merging) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("effic: error: ")
+    assert error.isprintable(), "one line, and no control characters"
+    assert len(error) < 700
+    assert sorted(tmp_path.rglob("*")) == before

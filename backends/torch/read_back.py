@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from effic.backends.torch.to_module import RECORD, Slot
 from effic.backends.torch.types import torch_dtype
 from effic.ir.encodings import code_tensor
 from effic.ir.errors import UnsupportedError, UsageError
-from effic.ir.model import Model
+from effic.ir.model import Model, Origin
 from effic.ir.sparsity import broken, declare
 from effic.ir.tensors import borrow
 from effic.ir.torch_capture import ALIASES_KEY
@@ -86,7 +85,9 @@ def _withdraw_patterns(model: Model) -> None:
             f"training broke the {pattern} pattern of {name} in {count:,} of {groups:,} groups; "
             "sparsity is no longer declared for it"
         )
-    model.origin = dataclasses.replace(model.origin, notes=(*model.origin.notes, *notes))
+    if notes:
+        old = model.origin
+        model.origin = Origin(old.front_end, old.path, old.sha256, (*old.notes, *notes))
 
 
 def _slots(graph: ir.Graph, state: Mapping[str, Any]) -> dict[str, Slot]:

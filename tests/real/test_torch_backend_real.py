@@ -109,6 +109,7 @@ def test_the_language_model_has_the_gradients_of_its_source(load: ModuleType, da
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of parts that inductor imports
 def test_inductor_compiles_and_trains_a_small_one() -> None:
     torch._dynamo.reset()
     g = Sketch(0)

@@ -234,8 +234,12 @@ def _places(channels: Channels, sites: list[WeightSite], pattern: Pattern) -> li
                 place.reason = place.reason or where
             elif where is not None:
                 place.readers.append((site, where))
-    for place in found.values():
-        if not place.readers:
+    # What can be gained in a weight is a place of its own: the dims of heads, beside the heads, say.
+    moved = {site.name for p in found.values() if p.channels.size > pattern.m for site, _ in p.readers}
+    for place in list(found.values()):
+        if not place.readers and place.reason is None and moved.issuperset(place.names):
+            del found[place.channels]
+        elif not place.readers:
             place.reason = (
                 place.reason or f"fill whole groups of {pattern.m}, so that their order changes nothing"
             )

@@ -125,7 +125,9 @@ def _wide(pair: Pair) -> Pair:
     wide = torch.promote_types(pair.weight.dtype, torch.float32)
     if all(tensor is None or tensor.dtype is wide for tensor in pair[:6]):
         return pair  # A cast that does nothing costs as much as one of a short vector.
-    return Pair(*(None if t is None else t.to(wide) for t in pair[:6]), pair.epsilon)  # type: ignore[arg-type]
+    weight, bias, gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in pair[:6])
+    made: Any = (weight, bias, gamma, beta, mean, variance, pair.epsilon)
+    return Pair(*made)
 
 
 def _flat(weight: Tensor, geometry: Geometry) -> Tensor:
@@ -210,7 +212,8 @@ class _FusedConv(torch.autograd.Function):
         grad_x, grad_fused, grad_shift = _convolution_backward(
             grad, x, fused, [mean.shape[0]], *geometry, [to_x, by_weight, by_shift]
         )
-        grad_weight = grad_bias = grad_gamma = grad_beta = None
+        grad_weight = grad_bias = grad_gamma = None
+        grad_beta: Any = None
         frozen = (pair.gamma, None, pair.variance, None, None, False, pair.epsilon)
         if by_weight:
             flat, wide = _flat(pair.weight, geometry), _flat(grad_fused.to(pair.weight.dtype), geometry)
@@ -225,11 +228,11 @@ class _FusedConv(torch.autograd.Function):
             )
             grad_bias = None if made[0] is None else made[0].squeeze(0)
             grad_gamma = None if made[1] is None or grad_gamma is None else grad_gamma + made[1]
-        found = (grad_x, grad_weight, grad_bias, grad_gamma, grad_beta if to_beta else None)
+        found: tuple[Any, ...] = (grad_x, grad_weight, grad_bias, grad_gamma, grad_beta if to_beta else None)
         if pair is not given:
             kinds = (ctx.dtype, *(None if t is None else t.dtype for t in (weight, bias, gamma, gamma)))
             # What has no gamma has no beta, and both are of one type.
-            found = tuple(g if g is None or k is None else g.to(k) for g, k in zip(found, kinds, strict=True))  # type: ignore[assignment]
+            found = tuple(g if g is None or k is None else g.to(k) for g, k in zip(found, kinds, strict=True))
         return (*found, None, None, None, None, None)
 
 

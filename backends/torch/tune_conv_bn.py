@@ -108,7 +108,7 @@ def tune_conv_bn(module: nn.Module, example_inputs: tuple[Any, ...] | None = Non
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
         # Behind a tuple: the convolution must not list the norm among its own modules.
         vars(conv)["_tuned_norm"] = (norm,)
-        vars(norm)["_tuned_rank"] = conv.weight.dim()  # type: ignore[operator, union-attr]
+        vars(norm)["_tuned_rank"] = conv.weight.dim()  # type: ignore[operator]
         conv.__class__, norm.__class__ = _TUNED[type(conv)], _TUNED[type(norm)]
     sizes = _output_bytes(module, example_inputs) if example_inputs is not None else {}
     pairs = tuple(TunedPair(conv, norm, scales[conv], sizes.get(conv)) for conv, norm in found.pairs)
@@ -269,7 +269,7 @@ def _output_bytes(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     handles = []
     for name, part in module.named_modules():
-        if isinstance(part, _TunedConv):
+        if type(part) in _PLAIN and isinstance(part, nn.modules.conv._ConvNd):
 
             def note(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
                 sizes[name] = sizes.get(name, 0) + output.numel() * output.element_size()

@@ -245,7 +245,7 @@ def optimize(
         build = build_of(
             front_end=model.origin.front_end,
             files=digests.result(),
-            passes=[step.text for step in result.steps if step.rolled_back is None],
+            steps=[step for step in result.steps if step.rolled_back is None],
             target=target,
             seed=seed,
             check=check,
@@ -304,10 +304,7 @@ def _measured(report: Report) -> dict[str, Any]:
     """The figures of a report that its record keeps."""
     row = report.to_dict()
     kept = ("before", "after", "verdict", "distance", "file_bytes", "seconds", "accuracy", "speed")
-    steps = [
-        {name: value for name, value in step.items() if name not in ("remarks", "calibration", "numerics")}
-        for step in row["steps"]
-    ]
+    steps = [{name: value for name, value in step.items() if name != "options"} for step in row["steps"]]
     return {**{name: row[name] for name in kept}, "steps": steps}
 
 

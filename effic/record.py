@@ -22,7 +22,7 @@ from typing import Any
 from effic.bench import machine
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
-from effic.passes.spec import parse_passes
+from effic.passes.pipeline import Step
 
 RECORD_VERSION = 1
 SUFFIX = ".effic.json"
@@ -133,7 +133,7 @@ def build_of(
     *,
     front_end: str,
     files: Sequence[FileDigest],
-    passes: Sequence[str],
+    steps: Sequence[Step],
     target: str,
     seed: int,
     check: str,
@@ -146,7 +146,7 @@ def build_of(
     Args:
         front_end: how the model was read.
         files: the file and its external data; empty for a model from memory.
-        passes: text forms of the passes whose work was kept.
+        steps: the passes whose work was kept.
         target: text form.
         seed: of the choice of samples and of made-up inputs.
         check: ``each``, ``final`` or ``off``.
@@ -165,8 +165,8 @@ def build_of(
                 for number, file in enumerate(files)
             ],
         },
-        "passes": list(passes),
-        "options": [dataclasses.asdict(item) for text in passes for item in parse_passes(text)],
+        "passes": [step.text for step in steps],
+        "options": [step.options for step in steps],
         "target": target,
         "seed": seed,
         "check": check,

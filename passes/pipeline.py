@@ -73,6 +73,7 @@ class Step:
         peak_memory: largest resident set of the process during the pass, in bytes.
         data: sha256 of the calibration data it used, or None.
         calibration: what each look at the data was expected to take, in words.
+        options: every option of the pass, by name.
         score: the metric's value after the pass, where one was asked for.
         rolled_back: why what the pass did was undone, or None.
     """
@@ -94,6 +95,7 @@ class Step:
     peak_memory: int = 0
     data: str | None = None
     calibration: list[str] = dataclasses.field(default_factory=list)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     score: float | None = None
     rolled_back: str | None = None
 
@@ -338,7 +340,7 @@ def _run_one(
     calibration: Calibration | None,
     keep: Keep | None,
 ) -> tuple[Step, ModelCost, int]:
-    step = Step(item.name, to_text(item), item.numerics)
+    step = Step(item.name, to_text(item), item.numerics, options=dataclasses.asdict(item))
     step.bytes_before, step.nodes_before = cost.weight_bytes, cost.nodes
     # For naming the node at fault, for going back to the lower opset, and for undoing the pass.
     raises = item.needs_opset > model.opset

@@ -87,7 +87,7 @@ class MergedTensor(ir.LazyTensor):
 
         Seldom looks: what is less than half a step of the type's largest number leaves any finite one finite.
         """
-        info = ml_dtypes.finfo(self.dtype.numpy())
+        info = ml_dtypes.finfo(self.dtype.numpy())  # type: ignore[no-untyped-call]
         if sum(term.largest() for term in self.terms) < float(info.max) * float(info.eps) / 4:
             return False
         return not all(bool(np.isfinite(block).all()) for block in self.blocks())

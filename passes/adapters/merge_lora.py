@@ -299,7 +299,7 @@ def report(remarks: Remarks, target: Target, result: Merged) -> None:
     if result.rounding is not None and result.rounding > 1:
         remarks.missed(
             target.path,
-            f"rounding is {result.rounding:.2g} times the adapter, which is all but erased: use "
+            f"rounding is {result.rounding:.2g} times the adapter, which may be lost in it: use "
             "requantize=keep_branch or more bits",
         )
     if result.silent:

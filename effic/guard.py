@@ -100,7 +100,7 @@ class Guard:
         cls,
         model: Model,
         wanted: Accuracy,
-        backend: Backend,
+        backend: Backend | None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Guard:
         """Score the original.

@@ -402,7 +402,7 @@ def _pairs(path: str, inputs: list[ModelInput], tokenizer: str | os.PathLike[str
     def make() -> Iterator[Batch]:
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            feeds = tuple(encode([row[side] for row in part]) for side in (1, 2))
+            feeds = encode([row[1] for row in part]), encode([row[2] for row in part])
             yield Batch(start, len(part), feeds, np.array([row[0] for row in part]))
 
     return MetricData(os.path.basename(path), "pairs", len(rows), True, make)

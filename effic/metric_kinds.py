@@ -254,8 +254,10 @@ class _Distance(Tally):
         return outputs[name]
 
     def result(self) -> tuple[float, int, float | None, np.ndarray | None]:
-        values = {"sqnr": self._sqnr, "cosine": self._cosine, "max_abs": lambda: self.largest}
-        return values[self.metric.name](), self.count, None, None
+        value = self.largest
+        if self.metric.name != "max_abs":
+            value = self._sqnr() if self.metric.name == "sqnr" else self._cosine()
+        return value, self.count, None, None
 
     def _sqnr(self) -> float:
         if self.noise == 0:

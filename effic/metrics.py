@@ -218,7 +218,13 @@ class Function(Metric):
         value = self.call(run, data)
         if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
             raise UsageError(f"the metric {self.where} returned {type(value).__name__}, not a number")
-        return Score(self.where, float(value), 1 if data is None else data.count, None, data and data.digest)
+        return Score(
+            self.where,
+            float(value),
+            1 if data is None else data.count,
+            None,
+            None if data is None else data.digest,
+        )
 
     def tally(self) -> Tally:
         raise UsageError(f"{self.where} is a function and has no tally")
@@ -256,7 +262,8 @@ def get_metric(text: str) -> Metric:
             f"(metrics: {', '.join(METRICS)}, or package.module:function)"
         )
     module, _, attribute = METRICS[name].partition(":")
-    return build(getattr(importlib.import_module(module), attribute), name, options, text, at)
+    found: type[Metric] = getattr(importlib.import_module(module), attribute)
+    return build(found, name, options, text, at)
 
 
 def _imported(text: str) -> Callable[[Run, MetricData | None], float]:

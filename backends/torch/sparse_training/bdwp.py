@@ -101,12 +101,12 @@ def _plain(value: Any) -> Any:
 
 _TRANSPOSES: set[Any] = {
     torch.t, torch.transpose, torch.permute, Tensor.t, Tensor.transpose, Tensor.permute,
-    Tensor.T.__get__, Tensor.mT.__get__,
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
 }  # fmt: skip
 
 
 def _linear(back: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = cast(Tensor, _Linear.apply(*_as_autocast(x, weight, back)))
+    y = cast(Tensor, _Linear.apply(*_as_autocast(x, weight, back)))  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -123,7 +123,7 @@ class _Linear(torch.autograd.Function):
         return functional.linear(x, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, back = ctx.saved_tensors
         return dy @ back, dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]), None
@@ -141,7 +141,7 @@ def _convolution(rank: int, transposed: bool) -> Callable[..., Tensor]:
             x, padding = _padded(x, padding, weight.shape[2:], dilation)
         single = x.dim() == rank + 1
         x, weight, back = _as_autocast(x.unsqueeze(0) if single else x, weight, back)
-        y = cast(Tensor, _Convolution.apply(
+        y = cast(Tensor, _Convolution.apply(  # type: ignore[no-untyped-call]
             x, weight, back, None if bias is None else bias.to(x.dtype), _each(stride, rank),
             _each(padding, rank), dilation, transposed, _each(given.get("output_padding", 0), rank),
             given.get("groups", 1),
@@ -161,7 +161,7 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, weight, bias, *how)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, back = ctx.saved_tensors
         biased = ctx.bias_sizes is not None

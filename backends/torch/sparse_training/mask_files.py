@@ -53,7 +53,7 @@ def write_masks(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
     ending = os.path.splitext(os.fspath(path))[1]
     if ending == ".npz":
         with open(path, "wb") as file:
-            np.savez_compressed(file, **dict(arrays))
+            np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
     elif ending == ".safetensors":
         write_safetensors(path, arrays, {"format": "np"})
     else:

@@ -158,7 +158,7 @@ class LearnedMask(Mask):
         groups = to_groups(prior.to(self.logits), self.layout, self.pattern.m)
         with torch.no_grad():
             agreement = groups.flatten(0, -2) @ self.choices.T - self.pattern.n / 2
-            self.logits += self.logits.std() * strength * agreement
+            self.logits.add_(self.logits.std() * strength * agreement)
 
     def soft(self, like: Tensor) -> Tensor:
         """A soft mask with fresh noise, of the shape of the weight; groups sum to ``n``."""
@@ -175,12 +175,14 @@ class LearnedMask(Mask):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training:
             return torch.where(self.kept(weight), weight, 0.0)
-        mask: Tensor = _Regularised.apply(self.soft(weight), weight.detach(), self.regulariser)
+        mask: Tensor = _Regularised.apply(  # type: ignore[no-untyped-call]
+            self.soft(weight), weight.detach(), self.regulariser
+        )
         return weight * mask.to(weight.dtype)
 
     def _open(self, scores: Tensor) -> Tensor:
         """Scores per group, ``[…, G, K]``, without the patterns that a last short group cannot have."""
-        scores = scores.unflatten(0, self.shape)
+        scores = torch.unflatten(scores, 0, self.shape)
         return scores if self.closed is None else scores.masked_fill(self.closed, -math.inf)
 
     def _mask(self, groups: Tensor, like: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ class _Regularised(torch.autograd.Function):
         return mask.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         mask, weight, factor = ctx.saved_tensors
         return gradient - 2 * factor * weight.to(mask.dtype).square() * mask, None, None
 
@@ -237,7 +239,7 @@ def _prior(prior: Prior, name: str, weight: Tensor, mask: LearnedMask) -> Tensor
             f"the prior mask of '{name}' has shape {list(tensor.shape)}; give bools of the weight's, "
             f"{list(weight.shape)}, or the number of each group's pattern, {list(numbered)}"
         )
-    return from_groups(mask.choices[tensor.long()].unflatten(0, mask.shape[:-1]), mask.layout, weight)
+    return from_groups(torch.unflatten(mask.choices[tensor.long()], 0, mask.shape[:-1]), mask.layout, weight)
 
 
 def learn_masks(
@@ -282,7 +284,7 @@ def learn_masks(
     for batch in itertools.islice(_again(batches), steps - training.clock.step):
         optimizer.zero_grad()
         found = loss(training.module, batch)
-        found.backward()
+        found.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         schedule.step()

@@ -61,10 +61,10 @@ class Layout:
 
 def to_groups(tensor: Tensor, layout: Layout, m: int, fill: float = 0.0) -> Tensor:
     """A tensor of a weight's shape as groups ``[…, G, m]``; the last of a vector is padded with ``fill``."""
-    rows = tensor.unflatten(layout.axis, (layout.blocks, -1)).movedim(layout.axis + 1, -1)
+    rows = torch.unflatten(tensor, layout.axis, (layout.blocks, -1)).movedim(layout.axis + 1, -1)
     if short := -rows.shape[-1] % m:
         rows = functional.pad(rows, (0, short), value=fill)
-    return rows.unflatten(-1, (-1, m))
+    return torch.unflatten(rows, -1, (-1, m))
 
 
 def from_groups(groups: Tensor, layout: Layout, like: Tensor) -> Tensor:

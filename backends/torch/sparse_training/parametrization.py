@@ -56,7 +56,9 @@ class Mask(nn.Module):
         mask = nm_mask(weight.detach().abs(), self.current, self.layout)
         if self.exact:
             return weight * torch.where(mask, 1.0, self.beta).to(weight.dtype)
-        masked: Tensor = _StraightThrough.apply(weight, mask, self.beta, self.decay)
+        masked: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+            weight, mask, self.beta, self.decay
+        )
         return masked
 
     def extra_repr(self) -> str:
@@ -73,7 +75,7 @@ class _StraightThrough(torch.autograd.Function):
         return torch.where(mask, weight, weight * beta)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.decay:
             weight, mask = ctx.saved_tensors
             gradient = gradient + torch.where(mask, 0.0, ctx.decay * weight)

@@ -294,13 +294,13 @@ def _cut(
     def read(number: int) -> Mapping[str, Any]:
         feed = {}
         for name, array in named.items():
-            rank = len(by_name[name].shape or ())
-            if counts[name] == 1:
-                feed[name] = array[0] if array.ndim == rank + 1 else array[: batches[name] or None]
-            elif array.ndim == rank + 1:
-                feed[name] = array[number]
+            shape, at = by_name[name].shape, number if counts[name] > 1 else 0
+            if shape is not None and array.ndim == len(shape) + 1:
+                feed[name] = array[at]
+            elif batches[name]:
+                feed[name] = array[at * batches[name] : (at + 1) * batches[name]]
             else:
-                feed[name] = array[number * batches[name] : (number + 1) * batches[name]]
+                feed[name] = array  # A scalar, for one, has no rows.
         return feed
 
     return _Raw(source, most, read)
@@ -315,10 +315,12 @@ def _no_tokens(window: int, source: str) -> UsageError:
 
 def _samples_in(array: np.ndarray, item: ModelInput, whole: bool) -> tuple[int, int]:
     """Rows of a sample (0: all of the array) and how many samples an array holds."""
-    if item.shape is None or not item.shape or array.ndim < len(item.shape):
+    if item.shape is None or array.ndim < len(item.shape):
         return 0, 1
     if array.ndim == len(item.shape) + 1:
         return 0, len(array)
+    if not item.shape:
+        return 0, 1
     batch = item.shape[0]
     if batch is None:
         return (0, 1) if whole else (1, len(array))

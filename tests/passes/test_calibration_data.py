@@ -112,6 +112,13 @@ def test_an_array_of_one_sample_goes_with_all() -> None:
     assert all(f["k"].shape == (1, 2) for f in feeds)
 
 
+def test_a_scalar_goes_with_all_and_several_are_one_per_sample() -> None:
+    flags = load({"x": images(3), "flag": np.array(True)}, IMAGES, "bool flag")
+    assert [f["flag"].shape for f in flags] == [()] * 3
+    times = load({"x": images(3), "t": np.arange(3, dtype=np.float32)}, IMAGES, "float t")
+    assert [float(f["t"]) for f in times] == [0, 1, 2]
+
+
 def test_different_numbers_of_samples_are_refused() -> None:
     text = refusal({"x": images(4), "z": images(3)}, IMAGES, "float[N,3,4,4] z")
     assert text == "the arrays of arrays hold different numbers of samples: 'x' 4, 'z' 3"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # The arithmetic is a batch norm of the weight: with mean and shift of zero it scales its channels, and the
 # bias's norm is the fused bias. So torch's own kernels do each in one pass over the weight, forward and
@@ -68,13 +69,15 @@ def fused_conv(x: Tensor, pair: Pair, geometry: Geometry) -> Tensor:
     it is small beside that output, else it is computed again.
     """
     kind, dtype = x.device.type, pair.weight.dtype
-    autocast = torch.is_autocast_enabled(kind)
+    # Autocast lets doubles be.
+    autocast = torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, dtype)
     if autocast:
         dtype = torch.get_autocast_dtype(kind)
         x = x.to(dtype)
     result: Tensor
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        # They decide themselves what to keep and what to compute again.
+    forward_mode = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_mode:
+        # They decide themselves what to keep and what to compute again, or go forward only.
         result = _convolution(x, *fused_parameters(pair, geometry, dtype), *geometry)
         return result
     call: Any = _keeping_weight if _weight_is_small(x, pair, geometry) else _FusedConv.apply

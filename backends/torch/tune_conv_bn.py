@@ -123,10 +123,13 @@ def untune_conv_bn(module: nn.Module) -> int:
     """
     pairs = 0
     for part in module.modules():
-        if type(part) in _PLAIN:
-            part.__class__ = _PLAIN[type(part)]
-            pairs += vars(part).pop("_tuned_norm", None) is not None
-            vars(part).pop("_tuned_rank", None)
+        pair = vars(part).pop("_tuned_norm", ())
+        pairs += len(pair)
+        # The norm may lie outside of what is undone; it must not wait for a convolution that is gone.
+        for changed in (part, *pair):
+            vars(changed).pop("_tuned_rank", None)
+            # One that was parametrized since is of torch's own subclass: without a pair it acts as it did.
+            changed.__class__ = _PLAIN.get(type(changed), type(changed))
     return pairs
 
 
@@ -135,10 +138,10 @@ class _TunedConv:
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         conv: Any = self
-        (norm,) = conv._tuned_norm
-        if not _fuses(norm, input, conv):
+        (norm,) = getattr(conv, "_tuned_norm", (None,))
+        if norm is None or not _fuses(norm, input, conv):
             extra = () if output_size is None else (output_size,)
-            plain: Tensor = _PLAIN[type(conv)].forward(conv, input, *extra)
+            plain: Tensor = super().forward(input, *extra)  # type: ignore[misc]
             return plain
         padding, output_padding = conv.padding, conv.output_padding
         if conv.transposed:
@@ -165,7 +168,7 @@ class _TunedNorm:
         norm: Any = self
         if _fuses(norm, input, norm):
             return input
-        plain: Tensor = _PLAIN[type(norm)].forward(norm, input)
+        plain: Tensor = super().forward(input)  # type: ignore[misc]
         return plain
 
 
@@ -177,7 +180,8 @@ def _fuses(norm: Any, input: Tensor, asked: Any) -> bool:
     # Both modules of a pair ask, and get the same answer: a convolution keeps the number of axes. An input
     # without a batch axis is left to them, and so is DataParallel's replica, whose pair is not known.
     replica = getattr(asked, "_is_replica", False)
-    return not norm.training and input.dim() == norm._tuned_rank and not replica
+    frozen = not norm.training and norm.running_mean is not None
+    return frozen and input.dim() == getattr(norm, "_tuned_rank", None) and not replica
 
 
 class TunedConv1d(_TunedConv, nn.Conv1d):

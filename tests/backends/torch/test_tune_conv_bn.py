@@ -403,3 +403,67 @@ def test_f_batch_norm_after_a_convolution_is_no_pair() -> None:
             return F.batch_norm(self.conv(x), self.bn.running_mean, self.bn.running_var)
 
     assert effic.tune_conv_bn(Net()).pairs == ()
+
+
+class Doubled(nn.Module):
+    """A parametrization: twice the weight."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_parametrizations_that_come_after_tuning() -> None:
+    module, x = small().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    tuned = copy.deepcopy(module)
+    effic.tune_conv_bn(tuned)
+    for net in (module, tuned):
+        nn.utils.parametrize.register_parametrization(net[0], "weight", Doubled())
+    torch.testing.assert_close(tuned(x), module(x))
+    torch.testing.assert_close(tuned.train()(x), module.train()(x))
+    assert effic.untune_conv_bn(tuned.eval()) == 2  # While torch's own subclass is in the way.
+    torch.testing.assert_close(tuned(x), module.eval()(x))
+    nn.utils.parametrize.remove_parametrizations(tuned[0], "weight")
+    assert len(effic.tune_conv_bn(tuned).pairs) == 2
+    torch.testing.assert_close(tuned(x), module(x))
+
+
+def test_undoing_a_part_undoes_its_pairs() -> None:
+    module, x = small().eval(), torch.randn(2, 3, 8, 8)
+    want = module(x)
+    for part in (0, 1):
+        effic.tune_conv_bn(module)
+        assert effic.untune_conv_bn(module[part]) == 1 - part
+        torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own rules are scripted.
+def test_forward_mode_derivatives() -> None:
+    module, x = small().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    direction = torch.randn_like(x)
+
+    def tangent() -> torch.Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            made = module(torch.autograd.forward_ad.make_dual(x, direction))
+            return torch.autograd.forward_ad.unpack_dual(made).tangent
+
+    want = tangent()
+    effic.tune_conv_bn(module)
+    torch.testing.assert_close(tangent(), want)
+
+
+def test_autocast_leaves_doubles() -> None:
+    module, x = small().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = module(x)
+        effic.tune_conv_bn(module)
+        torch.testing.assert_close(module(x), want)
+
+
+def test_statistics_that_are_taken_away() -> None:
+    module, x = small().eval(), torch.randn(2, 3, 8, 8)
+    module[1].running_mean = module[1].running_var = None
+    want = module(x)
+    module = small().eval()
+    effic.tune_conv_bn(module)
+    module[1].running_mean = module[1].running_var = None
+    torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-4)

@@ -1,328 +1,262 @@
-"""Budgets on model files: read them from a project's configuration, measure, compare, explain.
+"""Budgets on model files: measure, compare with the baseline, judge, and tell the cause.
 
-The configuration lies in ``effic.toml``, or in ``pyproject.toml`` under ``[tool.effic.gate]``::
-
-    [gate]
-    baseline = "effic-baseline.json"
-
-    [gate.models."models/*.onnx"]
-    file_bytes = { max = "2 MB", max_growth = "5%" }
-    nodes = { max_growth = 0 }
-
-``max`` is absolute. ``max_growth`` is relative to the baseline file, which is committed and rewritten
-by ``effic gate --update``: a share (``"5%"``) or an amount (``0``, ``"10 kB"``). What cannot be
-measured (a model or a baseline entry that is not there, a figure nobody can compute) is reported as
-such and never passes.
+The budgets are read by :mod:`effic.gate_config`. What has to be run (scores, agreement, speed) is in
+:mod:`effic.gate_checks`. What cannot be measured (a model or a baseline entry that is not there, a figure
+nobody can compute) is reported as such and never passes; a model file that cannot be read is an error of
+its own budgets and stops no other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import json
-import os
-import re
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
 
-from effic.ir.errors import NotMeasuredError, UsageError
-from effic.measure import METRICS, Measurement, measure
-from effic.passes import near
+from effic.gate_baseline import Baseline, PassBytes, Subject, look_at, read_baseline, write_baseline
+from effic.gate_checks import (
+    Scored,
+    failed,
+    failed_check,
+    judge_accuracy,
+    judge_agreement,
+    judge_latency,
+    run_accuracy,
+    unmeasured,
+)
+from effic.gate_config import AccuracyCheck, AgreementCheck, Budget, Check, GateConfig
+from effic.gate_verdicts import GateReport, Mover, PassMover, Unit, Verdict
+from effic.ir.errors import EfficError, NotMeasuredError, UsageError
+from effic.measure import METRICS, Contributor
+from effic.op_coverage import Operator, covers
 
-CONFIG_NAMES = ("effic.toml", "pyproject.toml")
-BOUNDS = ("max", "max_growth")
-BASELINE_NAME = "effic-baseline.json"
-BASELINE_VERSION = 1
-
-EXAMPLE = '[gate.models."model.onnx"] with file_bytes = { max = "2 MB", max_growth = "5%" }'
-
-Status = Literal["ok", "broken", "unmeasured"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """One bound of the configuration.
-
-    Attributes:
-        pattern: the model file or glob, as written.
-        metric: one of :data:`effic.measure.METRICS`.
-        bound: ``"max"`` or ``"max_growth"``.
-        limit: the number: bytes or a count; a share (0.05) when ``relative``.
-        relative: whether ``limit`` is a share of the baseline.
-        key: where to edit it: ``gate.models."a.onnx".nodes.max``.
-    """
-
-    pattern: str
-    metric: str
-    bound: str
-    limit: float
-    relative: bool
-    key: str
+Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class GateConfig:
-    """A project's budgets.
-
-    Attributes:
-        path: the file they were read from; model and baseline paths are relative to its folder.
-        baseline: path of the baseline file.
-        budgets: in the order of the file.
-    """
-
-    path: Path
-    baseline: Path
-    budgets: tuple[Budget, ...]
-
-
-@dataclass(frozen=True)
-class Mover:
-    """A tensor, node or operator and what it contributes, in the baseline (None: was not there) and now."""
-
-    kind: Literal["tensor", "node", "operator"]
-    name: str
-    before: int | None
-    after: int
-
-    @property
-    def grew(self) -> int:
-        return self.after - (self.before or 0)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One budget held against one model.
-
-    Attributes:
-        model: path as in the baseline (relative to the configuration's folder).
-        metric: what was measured.
-        bound: which bound.
-        key: the configuration key to edit.
-        status: ``"ok"``, ``"broken"`` or ``"unmeasured"``.
-        value: the measured figure, or None.
-        limit: the largest figure allowed, or None when it depends on a missing baseline.
-        baseline: the baseline's figure, for ``max_growth``.
-        why: for ``"unmeasured"``, the reason and what to do.
-        movers: for ``"broken"``, what grew most, or (``grown`` False) what is largest.
-        grown: whether the movers are what grew since the baseline.
-        others: how much the movers not listed contribute together.
-        shrunk: how much went away elsewhere since the baseline.
-    """
-
-    model: str
-    metric: str
-    bound: str
-    key: str
-    status: Status
-    value: int | None = None
-    limit: float | None = None
-    baseline: int | None = None
-    why: str = ""
-    movers: tuple[Mover, ...] = ()
-    grown: bool = False
-    others: int = 0
-    shrunk: int = 0
-
-    @property
-    def over(self) -> float | None:
-        """By how much the limit is exceeded (negative: the room left)."""
-        return None if self.value is None or self.limit is None else self.value - self.limit
-
-
-@dataclass
-class GateReport:
-    """All verdicts of one run, and whether the baseline was rewritten."""
-
-    config: Path
-    baseline: Path
-    verdicts: list[Verdict] = field(default_factory=list)
-    updated: list[str] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """1 when a budget is broken, else 3 when something was not measured, else 0."""
-        found = {verdict.status for verdict in self.verdicts}
-        return 1 if "broken" in found else 3 if "unmeasured" in found else 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-able data."""
-        return {
-            "config": str(self.config),
-            "baseline": str(self.baseline),
-            "exit_code": self.exit_code,
-            "updated": self.updated,
-            "verdicts": [{**dataclasses.asdict(v), "over": v.over} for v in self.verdicts],
-        }
-
-
-# -- configuration -------------------------------------------------------------------------------
-
-
-def find_config(start: Path) -> Path:
-    """The nearest ``effic.toml`` with ``[gate]`` or ``pyproject.toml`` with ``[tool.effic.gate]``.
-
-    Args:
-        start: folder to begin in; its parents follow.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for folder in (start.resolve(), *start.resolve().parents):
-        for name in CONFIG_NAMES:
-            path = folder / name
-            if path.is_file() and _section(path, _read_toml(path)) is not None:
-                return path
-    raise UsageError(
-        f"no effic.toml with [gate] and no pyproject.toml with [tool.effic.gate] in '{start}' or above; "
-        f"write effic.toml, for example {EXAMPLE}"
-    )
-
-
-def read_config(path: Path) -> GateConfig:
-    """Read the budgets of an ``effic.toml`` or ``pyproject.toml``.
-
-    Raises:
-        UsageError: no such file, not TOML, no gate section, an unknown key (with the near miss) or
-            a limit that is no amount.
-    """
-    data = _read_toml(path)
-    section = _section(path, data)
-    prefix = "tool.effic.gate" if path.name == "pyproject.toml" else "gate"
-    if section is None:
-        hint = next((f", but '{key}': did you mean 'gate'?" for key in data if near(key, ["gate"])), "")
-        raise UsageError(f"'{path}' has no [{prefix}] section{hint}; write for example {EXAMPLE}")
-    _known(section, ("baseline", "models"), path, prefix)
-    baseline = section.get("baseline", BASELINE_NAME)
-    if not isinstance(baseline, str):
-        raise UsageError(f"{path}: {prefix}.baseline must be the path of a file, not {baseline!r}")
-    models = section.get("models", {})
-    if not isinstance(models, dict) or not models:
-        raise UsageError(f"{path}: [{prefix}] names no models; write for example {EXAMPLE}")
-    budgets = tuple(
-        budget
-        for pattern, metrics in models.items()
-        for budget in _budgets(path, f'{prefix}.models."{pattern}"', pattern, metrics)
-    )
-    return GateConfig(path, path.parent / baseline, budgets)
-
-
-def _budgets(path: Path, key: str, pattern: str, metrics: Any) -> Iterable[Budget]:
-    if not isinstance(metrics, dict) or not metrics:
-        raise UsageError(f"{path}: {key} sets no budget; the metrics are {', '.join(METRICS)}")
-    _known(metrics, METRICS, path, key)
-    for metric, bounds in metrics.items():
-        if not isinstance(bounds, dict) or not bounds:
-            raise UsageError(
-                f"{path}: {key}.{metric} must be a table such as {{ max = 1000 }} or "
-                f'{{ max_growth = "5%" }}, not {bounds!r}'
-            )
-        _known(bounds, BOUNDS, path, f"{key}.{metric}")
-        for bound, text in bounds.items():
-            limit, relative = _limit(text, METRICS[metric].is_bytes, f"{path}: {key}.{metric}.{bound}")
-            if relative and bound == "max":
-                raise UsageError(
-                    f"{path}: {key}.{metric}.max is a share; use max_growth = {text!r}, or an amount"
-                )
-            yield Budget(pattern, metric, bound, limit, relative, f"{key}.{metric}.{bound}")
-
-
-_AMOUNT = re.compile(r"\+?([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%|[A-Za-z]*)")
-_BYTE_UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
-_COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-def _limit(text: Any, is_bytes: bool, where: str) -> tuple[float, bool]:
-    """``(number, is a share)`` of ``1000``, ``"2 MB"``, ``"1.5 MiB"``, ``"3 G"`` or ``"5%"``."""
-    if isinstance(text, (int, float)) and not isinstance(text, bool) and text >= 0:
-        return float(text), False
-    units = _BYTE_UNITS if is_bytes else _COUNT_UNITS
-    match = _AMOUNT.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is not None:
-        number, unit = float(match[1].replace("_", "")), match[2].lower()
-        if unit == "%":
-            return number / 100, True
-        if unit in units:
-            return number * units[unit], False
-    example = '"200 kB", "1.5 MiB"' if is_bytes else '1000, "2.5 M"'
-    raise UsageError(
-        f'{where} is {text!r}, which is no amount; write for example {example} or "5%" for a share'
-    )
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"there is no configuration file '{path}'; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not valid TOML: {error}; correct it there") from None
-
-
-def _section(path: Path, data: dict[str, Any]) -> dict[str, Any] | None:
-    keys = ("tool", "effic", "gate") if path.name == "pyproject.toml" else ("gate",)
-    found: Any = data
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    if found is not None and not isinstance(found, dict):
-        raise UsageError(f"{path}: {'.'.join(keys)} must be a table; write for example {EXAMPLE}")
-    return found
-
-
-def _known(table: Mapping[str, Any], known: Iterable[str], path: Path, key: str) -> None:
-    for name in table:
-        if name not in known:
-            raise UsageError(
-                f"{path}: {key} has the unknown key '{name}'{near(name, list(known))} "
-                f"(known keys: {', '.join(known)})"
-            )
-
-
-# -- the check -----------------------------------------------------------------------------------
-
-
-def gate(config: GateConfig, *, update: bool = False, top: int = 5) -> GateReport:
+def gate(
+    config: GateConfig,
+    *,
+    update: bool = False,
+    headroom: float = 0.0,
+    allow_unlike: bool = False,
+    top: int = 5,
+    progress: Progress | None = None,
+) -> GateReport:
     """Measure every configured model and hold it against its budgets.
 
     Args:
-        config: the budgets, from :func:`read_config`.
+        config: the budgets, from :func:`effic.gate_config.read_config`.
         update: rewrite the baseline with what is measured now, then check against it.
+        headroom: with ``update``, the share by which the baseline's figures may be exceeded before a
+            ``max_growth`` begins to count; kept in the baseline file.
+        allow_unlike: compare with a baseline of another source model, or a score of other data, runtime or
+            machine, all the same.
         top: how many movers a broken budget names.
+        progress: called with what is done, and how far.
 
     Raises:
-        UsageError: the baseline file is malformed.
-        InvalidModelError: a model file is.
+        UsageError: the baseline file is malformed, or ``headroom`` is given without ``update``.
         NotMeasuredError: ``update``, and a configured model is not there.
+        EfficError: ``update``, and a model cannot be measured.
     """
-    folder = config.path.parent
+    if headroom and not update:
+        raise UsageError("headroom is written with the baseline; give it together with --update")
+    if headroom < 0:
+        raise UsageError(f"the headroom is {headroom:g}; it must be at least 0")
+    run = _Run(config, allow_unlike or config.allow_unlike, top, progress)
+    run.measure()
     report = GateReport(config.path, config.baseline)
-    files = {b.pattern: _files(folder, b.pattern) for b in config.budgets}
-    now = {name: measure(folder / name) for name in sorted({n for names in files.values() for n in names})}
     if update:
-        for pattern, names in files.items():
+        report.updated = run.update(headroom)
+    baseline = read_baseline(config.baseline)
+    report.headroom = 0.0 if baseline is None else baseline.headroom
+    report.verdicts = run.judge(baseline)
+    if run.allow_unlike and (other := run.other_sources(baseline)):
+        report.notes.append(
+            f"compared with a baseline of another source model, as allowed: {', '.join(other)}"
+        )
+    return report
+
+
+@dataclass
+class _Run:
+    """One run: what was measured, and the judging of it."""
+
+    config: GateConfig
+    allow_unlike: bool
+    top: int
+    progress: Progress | None
+
+    def measure(self) -> None:
+        """Look at every model; what cannot be read is kept with its reason."""
+        folder = self.config.path.parent
+        self.files = {pattern: _files(folder, pattern) for pattern in self.config.patterns}
+        self.found: dict[str, Subject | EfficError] = {}
+        self.scores: dict[tuple[str, str], Scored | EfficError] = {}
+        names = sorted({name for names in self.files.values() for name in names})
+        parts = [(b.component, b.metric) for b in self.config.budgets if b.component is not None]
+        for number, name in enumerate(names):
+            self._tell(f"measuring {name}", number, len(names))
+            try:
+                self.found[name] = look_at(folder / name, dict.fromkeys(parts))
+            except EfficError as error:
+                self.found[name] = error
+            except OSError as error:
+                self.found[name] = UsageError(f"cannot read {folder / name}: {error.strerror or error}")
+
+    def update(self, headroom: float) -> list[str]:
+        """Rewrite the baseline, all of it or nothing; the models it holds."""
+        for pattern, names in self.files.items():
             if not names:
                 raise NotMeasuredError(
-                    f"the baseline was not rewritten: no file matches '{pattern}' of {config.path}; "
+                    f"the baseline was not rewritten: no file matches '{pattern}' of {self.config.path}; "
                     f"build the model first or edit the path"
                 )
-        report.updated = sorted(now)
-        _write_baseline(config.baseline, now)
-    baseline = _read_baseline(config.baseline)
-    for budget in config.budgets:
-        names = files[budget.pattern]
-        if not names:
-            why = f"no file matches '{budget.pattern}'; build the model first or edit the path"
-            report.verdicts.append(_unmeasured(budget, budget.pattern, why))
-        for name in names:
-            before = None if baseline is None else baseline.get(name)
-            report.verdicts.append(_judge(budget, name, now[name], before, config.baseline, baseline, top))
-    return report
+        subjects: dict[str, Subject] = {}
+        for name, found in self.found.items():
+            if isinstance(found, EfficError):
+                raise found
+            subjects[name] = found
+        for check in self.config.checks:
+            if isinstance(check, AccuracyCheck):
+                for name in self.files[check.pattern]:
+                    scored = self._score(check, name)
+                    if isinstance(scored, EfficError):
+                        raise scored
+                    subjects[name].scores[scored.after.metric] = scored.recorded
+        write_baseline(self.config.baseline, Baseline(subjects, headroom))
+        return sorted(subjects)
+
+    def judge(self, baseline: Baseline | None) -> list[Verdict]:
+        """Every budget and check on every model that its pattern names."""
+        verdicts: list[Verdict] = []
+        for item in (*self.config.budgets, *self.config.checks):
+            names = self.files[item.pattern]
+            if not names:
+                why = f"no file matches '{item.pattern}'; build the model first or edit the path"
+                missing = NotMeasuredError(why)
+                verdicts += self._failed(item, item.pattern, missing)
+            for name in names:
+                found = self.found[name]
+                if isinstance(found, EfficError):
+                    verdicts += self._failed(item, name, found)
+                elif isinstance(item, Budget):
+                    verdicts.append(self._budget(item, name, found, baseline))
+                else:
+                    verdicts += self._check(
+                        item, name, None if baseline is None else baseline.models.get(name)
+                    )
+        return verdicts
+
+    def other_sources(self, baseline: Baseline | None) -> list[str]:
+        """Models whose baseline was built from another model."""
+        before = {} if baseline is None else baseline.models
+        return [
+            name
+            for name, found in self.found.items()
+            if isinstance(found, Subject) and _other_source(before.get(name), found)
+        ]
+
+    def _tell(self, text: str, number: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(text, number, total)
+
+    def _failed(self, item: Budget | Check, name: str, error: EfficError) -> list[Verdict]:
+        if isinstance(item, Budget):
+            return [failed(name, _title(item), item.bound, item.place, error)]
+        return failed_check(item, name, error)
+
+    # -- budgets ---------------------------------------------------------------------------------
+
+    def _budget(self, budget: Budget, name: str, now: Subject, baseline: Baseline | None) -> Verdict:
+        before = None if baseline is None else baseline.models.get(name)
+        try:
+            value, why = _figure(budget, now)
+        except EfficError as error:
+            return failed(name, _title(budget), budget.bound, budget.place, error)
+        if value is None:
+            return unmeasured(name, _title(budget), budget.bound, budget.place, why)
+        unit: Unit = "bytes" if budget.metric in METRICS and METRICS[budget.metric].is_bytes else "count"
+        base = None if before is None else _figure(budget, before, stored=True)[0]
+        limit = budget.limit
+        if budget.bound == "max_growth":
+            why = self._why_not_growth(budget, now, before, base, baseline)
+            if why or base is None or baseline is None:
+                return _with_value(
+                    unmeasured(name, _title(budget), budget.bound, budget.place, why), value, unit
+                )
+            start = base * (1 + baseline.headroom)
+            limit = start * (1 + budget.limit) if budget.relative else start + budget.limit
+        # Floating point may put 105% of a round number a hair under it; counts are whole, so round.
+        limit = float(round(limit, 6))
+        shown = base if budget.bound == "max_growth" else None
+        common = (budget.place.line, unit, value, limit, shown)
+        if value <= limit:
+            return Verdict(name, _title(budget), budget.bound, budget.key, "ok", *common)
+        movers, grown, shrunk = _movers(budget, now, before)
+        return Verdict(
+            name,
+            _title(budget),
+            budget.bound,
+            budget.key,
+            "broken",
+            *common,
+            movers=tuple(movers[: self.top]),
+            grown=grown,
+            others=sum(mover.grew for mover in movers[self.top :]),
+            shrunk=shrunk,
+            passes=() if before is None else tuple(_pass_movers(before.passes, now.passes)),
+        )
+
+    def _why_not_growth(
+        self,
+        budget: Budget,
+        now: Subject,
+        before: Subject | None,
+        base: int | None,
+        baseline: Baseline | None,
+    ) -> str:
+        where = self.config.baseline
+        if base is None:
+            missing = (
+                f"there is no baseline '{where}'"
+                if baseline is None
+                else f"the baseline '{where}' has no {_title(budget)} of this model"
+            )
+            return f"{missing}; run 'effic gate --update' and commit the file"
+        if not self.allow_unlike and _other_source(before, now):
+            then = before.source if before is not None else ""
+            return (
+                f"the baseline is of a build from another source model ({(then or '')[:8]}, now "
+                f"{(now.source or '')[:8]}); run 'effic gate --update', or compare all the same with --allow-unlike"
+            )
+        return ""
+
+    # -- what has to be run ------------------------------------------------------------------------
+
+    def _check(self, check: Check, name: str, before: Subject | None) -> list[Verdict]:
+        path = self.config.path.parent / name
+        if isinstance(check, AccuracyCheck):
+            scored = self._score(check, name)
+            return judge_accuracy(check, name, scored, before, self.config.baseline, self.allow_unlike)
+        if isinstance(check, AgreementCheck):
+            self._tell(f"comparing {name}", 0, 1)
+            return judge_agreement(check, path, name)
+        return judge_latency(check, path, name, lambda done, total: self._tell(f"timing {name}", done, total))
+
+    def _score(self, check: AccuracyCheck, name: str) -> Scored | EfficError:
+        key = check.place.key, name
+        if key not in self.scores:
+            path = self.config.path.parent / name
+            try:
+                self.scores[key] = run_accuracy(
+                    check, path, lambda text, done, total: self._tell(f"{text} of {name}", done, total)
+                )
+            except EfficError as error:
+                self.scores[key] = error
+        return self.scores[key]
 
 
 def _files(folder: Path, pattern: str) -> list[str]:
@@ -332,119 +266,112 @@ def _files(folder: Path, pattern: str) -> list[str]:
     return sorted(Path(name).as_posix() for name in found if (folder / name).is_file())
 
 
-def _judge(
-    budget: Budget,
-    name: str,
-    now: Measurement,
-    before: Measurement | None,
-    baseline_path: Path,
-    baseline: Mapping[str, Measurement] | None,
-    top: int,
-) -> Verdict:
-    value = now.metric(budget.metric)
-    if value is None:
-        why = f"{METRICS[budget.metric].title} cannot be computed: {now.why_not(budget.metric)}"
-        return _unmeasured(budget, name, why)
-    limit, base = budget.limit, None
-    if budget.bound == "max_growth":
-        base = None if before is None else before.metric(budget.metric)
-        if base is None:
-            missing = (
-                f"there is no baseline '{baseline_path}'"
-                if baseline is None
-                else f"the baseline '{baseline_path}' has no {budget.metric} of this model"
-            )
-            return dataclasses.replace(
-                _unmeasured(budget, name, f"{missing}; run 'effic gate --update' and commit the file"),
-                value=value,
-            )
-        limit = base * (1 + budget.limit) if budget.relative else base + budget.limit
-    # Floating point may put 105% of a round number a hair under it; counts are whole, so round.
-    limit = float(round(limit, 6))
-    if value <= limit:
-        return Verdict(name, budget.metric, budget.bound, budget.key, "ok", value, limit, base)
-    movers, grown = _movers(budget.metric, now, before)
-    return Verdict(
-        name,
-        budget.metric,
-        budget.bound,
-        budget.key,
-        "broken",
-        value,
-        limit,
-        base,
-        movers=tuple(movers[:top]),
-        grown=grown,
-        others=sum(mover.grew for mover in movers[top:]),
-        shrunk=_shrunk(budget.metric, now, before),
-    )
+def _title(budget: Budget) -> str:
+    return budget.metric if budget.component is None else f"{budget.metric} of {budget.component}"
 
 
-def _unmeasured(budget: Budget, name: str, why: str) -> Verdict:
-    return Verdict(name, budget.metric, budget.bound, budget.key, "unmeasured", why=why)
+def _with_value(verdict: Verdict, value: int, unit: Unit) -> Verdict:
+    return dataclasses.replace(verdict, value=value, unit=unit)
 
 
-def _movers(metric: str, now: Measurement, before: Measurement | None) -> tuple[list[Mover], bool]:
-    """What grew, most first, and True; without a baseline or growth what is largest, and False."""
-    kind, after = now.contributions(metric)
-    was = {} if before is None else before.contributions(metric)[1]
+def _other_source(before: Subject | None, now: Subject) -> bool:
+    """Whether both tell what they were built from, and it is not the same."""
+    return before is not None and None not in (before.source, now.source) and before.source != now.source
+
+
+# -- figures and what they are made of ----------------------------------------------------------------
+
+
+def _figure(budget: Budget, subject: Subject, *, stored: bool = False) -> tuple[int | None, str]:
+    """The figure a budget is about, or None and why; ``stored``: of the baseline."""
+    found = subject.measurement
+    if budget.component is not None:
+        figure = subject.components.get(budget.component, {}).get(budget.metric)
+        if figure is None and not stored and found.component(budget.component, budget.metric)[1]:
+            return None, f"{budget.metric} cannot be computed: {found.why_not(budget.metric)}"
+        return figure, f"no tensor or node is called '{budget.component}'; correct the name pattern"
+    if budget.metric.startswith("ops."):
+        return found.ops.get(budget.metric.removeprefix("ops."), 0), ""
+    if budget.metric == "ops_allowed":
+        return (None, "") if stored else (len(found.outside(_allowed(budget))), "")
+    figure = found.metric(budget.metric)
+    return figure, f"{METRICS[budget.metric].title} cannot be computed: {found.why_not(budget.metric)}"
+
+
+def _allowed(budget: Budget) -> Callable[[Operator], bool]:
+    allowed = budget.allowed
+    if isinstance(allowed, str):
+        return lambda operator: covers(allowed, operator)
+    return lambda operator: operator.label in allowed
+
+
+def _rows(
+    budget: Budget, now: Subject, before: Subject | None
+) -> tuple[Contributor, dict[str, int], dict[str, int]]:
+    """What a budget's figure is made of: the kind of contributor, and the figures now and then."""
+    found, was = now.measurement, None if before is None else before.measurement
+    if budget.component is not None:
+        pattern = budget.component
+        _, after = found.component(pattern, budget.metric)
+        kind, then = ("tensor", {}) if was is None else was.contributions(budget.metric)
+        # The baseline keeps names of tensors and nodes, without who reads whom.
+        then = {k: v for k, v in then.items() if k in after or fnmatchcase(_bare(k), pattern)}
+        return ("tensor" if budget.metric == "weight_bytes" else "node"), after, then
+    if budget.metric.startswith("ops."):
+        label = budget.metric.removeprefix("ops.")
+        return "node", found.outside(lambda operator: operator.label != label), {}
+    if budget.metric == "ops_allowed":
+        return "node", found.outside(_allowed(budget)), {}
+    kind, after = found.contributions(budget.metric)
+    return kind, after, {} if was is None else was.contributions(budget.metric)[1]
+
+
+def _bare(label: str) -> str:
+    """The name in ``Conv 'name'``."""
+    return label.partition(" '")[2].removesuffix("'") or label
+
+
+def _movers(budget: Budget, now: Subject, before: Subject | None) -> tuple[list[Mover], bool, int]:
+    """What grew, most first, True, and how much shrank; without growth what is largest, and False."""
+    kind, after, was = _rows(budget, now, before)
+    readers = now.measurement.readers
     movers = [
-        Mover(kind, name, was.get(name), figure)
+        Mover(kind, name, was.get(name), figure, readers.get(name))
         for name, figure in after.items()
         if figure > was.get(name, 0)
     ]
-    grown = before is not None and bool(movers)
+    grown = bool(was) and bool(movers)
     if not grown:
-        movers = [Mover(kind, name, None, figure) for name, figure in after.items()]
-    return sorted(movers, key=lambda mover: (-mover.grew, mover.name)), grown
+        movers = [Mover(kind, name, None, figure, readers.get(name)) for name, figure in after.items()]
+        return sorted(movers, key=lambda mover: -mover.after), False, 0
+    shrunk = sum(max(0, figure - after.get(name, 0)) for name, figure in was.items())
+    # Equal ones stay in order, which is that of their size.
+    return sorted(movers, key=lambda mover: -mover.grew), True, shrunk
 
 
-def _shrunk(metric: str, now: Measurement, before: Measurement | None) -> int:
-    if before is None:
-        return 0
-    was, after = before.contributions(metric)[1], now.contributions(metric)[1]
-    return sum(max(0, figure - after.get(name, 0)) for name, figure in was.items())
+def _pass_movers(before: list[PassBytes], now: list[PassBytes]) -> list[PassMover]:
+    """Passes that ran in one of two builds only, with other options, or that saved another amount."""
+    then, today = _numbered(before), _numbered(now)
+    movers = [
+        PassMover(
+            name,
+            None if (a := then.get((name, number))) is None else a.text,
+            None if (b := today.get((name, number))) is None else b.text,
+            0 if a is None else a.saved,
+            0 if b is None else b.saved,
+        )
+        for name, number in dict.fromkeys((*then, *today))
+    ]
+    changed = [m for m in movers if m.before != m.after or m.saved_before != m.saved]
+    return sorted(changed, key=lambda m: -abs(m.saved_before - m.saved))
 
 
-# -- the baseline file ---------------------------------------------------------------------------
-
-
-def _read_baseline(path: Path) -> dict[str, Measurement] | None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    try:
-        data = json.loads(text)
-        version = data["effic_baseline"]
-        if version == BASELINE_VERSION:
-            return {name: Measurement.from_dict(row) for name, row in data["models"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(
-            f"the baseline '{path}' is malformed; restore it, or run 'effic gate --update'"
-        ) from None
-    raise UsageError(
-        f"the baseline '{path}' has format {version!r}, and this effic reads {BASELINE_VERSION}; "
-        f"run 'effic gate --update'"
-    )
-
-
-def _write_baseline(path: Path, measured: Mapping[str, Measurement]) -> None:
-    """Write atomically, one entry per line, so that a change reads well in a review."""
-    models = []
-    for name, measurement in measured.items():
-        parts = []
-        for key, value in measurement.to_dict().items():
-            if isinstance(value, dict) and value:
-                rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
-                parts.append(f"   {json.dumps(key)}: {{\n{rows}\n   }}")
-            else:
-                parts.append(f"   {json.dumps(key)}: {json.dumps(value)}")
-        models.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(parts) + "\n  }")
-    text = f'{{\n "effic_baseline": {BASELINE_VERSION},\n "models": {{\n' + ",\n".join(models) + "\n }\n}\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _numbered(passes: list[PassBytes]) -> Mapping[tuple[str, int], PassBytes]:
+    """Passes by name and how often it ran before."""
+    found: dict[tuple[str, int], PassBytes] = {}
+    for item in passes:
+        number = 0
+        while (item.name, number) in found:
+            number += 1
+        found[item.name, number] = item
+    return found

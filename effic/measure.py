@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from effic.ir.cost import ModelCost
     from effic.ir.model import Model
+    from effic.measure_graph import Constants
+    from effic.op_coverage import Operator
 
 SMALL_TENSOR = 256
 """Bytes below which a tensor has no row of its own: a model has many, and none of them matters."""
@@ -33,7 +38,30 @@ METRICS: dict[str, Metric] = {
     "parameters": Metric("parameters", False, "node"),
     "macs": Metric("MACs", False, "node"),
     "nodes": Metric("nodes", False, "operator"),
+    "float_weights": Metric("weights in floating point", False, "node"),
+    "decoded_weights": Metric("weights decoded at run time", False, "tensor"),
+    "peak_bytes": Metric("peak bytes", True, "tensor"),
 }
+COMPONENT_METRICS = ("weight_bytes", "parameters", "macs")
+"""Metrics that can be taken of a part of a model."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A constant or a node, with what a component's name pattern may match it by.
+
+    Attributes:
+        names: of the node and its constants, or of the constant and the nodes that read it in the end.
+        label: for people.
+        weight_bytes: of a constant.
+        parameters, macs: of a node; ``macs`` None when unknown.
+    """
+
+    names: frozenset[str]
+    label: str
+    weight_bytes: int = 0
+    parameters: int = 0
+    macs: int | None = 0
 
 
 @dataclass
@@ -51,6 +79,14 @@ class Measurement:
         macs_by_node: multiply-adds by node, zeros left out.
         parameters_by_node: parameters by the node that first reads them, zeros left out.
         ops: nodes by operator.
+        float_weights: nodes that multiply by a weight stored in floating point; None: not looked at.
+        decoded_weights: weights that are decoded at every run; None: not looked at.
+        peak_bytes: weights and the largest set of live activations; None: not looked at, or unknown.
+        rows: what the last three are made of, by metric.
+        readers: for tensors with rows of their own, the node that reads each in the end (not kept in files).
+        parts: constants and nodes by name, for components (not kept in files).
+        operators: name and operator of every node (not kept in files).
+        why_unknown: why ``peak_bytes`` is unknown (not kept in files).
     """
 
     file_bytes: int
@@ -63,6 +99,14 @@ class Measurement:
     macs_by_node: dict[str, int] = field(default_factory=dict)
     parameters_by_node: dict[str, int] = field(default_factory=dict)
     ops: dict[str, int] = field(default_factory=dict)
+    float_weights: int | None = None
+    decoded_weights: int | None = None
+    peak_bytes: int | None = None
+    rows: dict[str, dict[str, int]] = field(default_factory=dict)
+    readers: dict[str, str] = field(default_factory=dict, compare=False)
+    parts: tuple[Part, ...] = field(default=(), compare=False, repr=False)
+    operators: tuple[tuple[str, Operator], ...] = field(default=(), compare=False, repr=False)
+    why_unknown: str = field(default="", compare=False)
 
     def metric(self, name: str) -> int | None:
         """The figure called ``name`` (one of :data:`METRICS`), or None when it is unknown."""
@@ -74,11 +118,35 @@ class Measurement:
         if name == "macs":
             count = self.macs_unknown
             return f"{count} of the nodes that multiply have unknown shapes; give the model static shapes"
-        return "the record of it has no such figure; run 'effic gate --update'"
+        return self.why_unknown or "the record of it has no such figure; run 'effic gate --update'"
+
+    def component(self, pattern: str, name: str) -> tuple[int | None, dict[str, int]]:
+        """A figure of a part of the model, and what it is made of.
+
+        Args:
+            pattern: shell pattern over names of tensors and nodes.
+            name: one of :data:`COMPONENT_METRICS`.
+
+        Returns:
+            The figure, None when nothing matches or it is unknown; contributions, largest first.
+        """
+        found = [part for part in self.parts if any(fnmatchcase(n, pattern) for n in part.names)]
+        figures = [(part.label, getattr(part, name)) for part in found]
+        rows = Counter[str]()
+        for label, figure in figures:
+            rows[label] += figure or 0
+        known = bool(found) and all(figure is not None for _, figure in figures)
+        return sum(rows.values()) if known else None, _largest_first(rows)
+
+    def outside(self, allowed: Callable[[Operator], bool]) -> dict[str, int]:
+        """Nodes whose operators are not allowed, each once (1)."""
+        return {name: 1 for name, operator in self.operators if not allowed(operator)}
 
     def contributions(self, name: str) -> tuple[Contributor, dict[str, int]]:
         """What a figure is made of: the kind of contributor, and how much each contributes."""
         by = METRICS[name].by
+        if name in self.rows or getattr(self, name) is None:
+            return by, self.rows.get(name, {})
         if by == "tensor":
             rows = dict(self.tensors)
             # Names, attributes and metadata; shared external data can make the file the smaller one.
@@ -98,6 +166,7 @@ class Measurement:
             "tensors": self.tensors,
             "macs_by_node": self.macs_by_node,
             "parameters_by_node": self.parameters_by_node,
+            **{f"{name}_by": rows for name, rows in self.rows.items()},
         }
 
     @classmethod
@@ -119,7 +188,13 @@ class Measurement:
             macs_by_node=_counts(data["macs_by_node"]),
             parameters_by_node=_counts(data["parameters_by_node"]),
             ops=_counts(data["ops"]),
+            **{name: None if data.get(name) is None else int(data[name]) for name in _LATER},
+            rows={name: _counts(data[f"{name}_by"]) for name in _LATER if f"{name}_by" in data},
         )
+
+
+_LATER = ("float_weights", "decoded_weights", "peak_bytes")
+"""Metrics that :func:`measure_model` leaves out: they take longer."""
 
 
 def measure(path: str | os.PathLike[str]) -> Measurement:
@@ -136,14 +211,81 @@ def measure(path: str | os.PathLike[str]) -> Measurement:
     from effic.ir.onnx_format import read_onnx
 
     model = read_onnx(path)
-    return measure_model(model, Path(path), model_cost(model))
+    return measure_all(model, Path(path), model_cost(model))
+
+
+def measure_all(model: Model, path: Path, cost: ModelCost) -> Measurement:
+    """Every figure of a model that was read from ``path`` and is still as it was read."""
+    from effic.measure_graph import Constants, decoded_weights, float_weights, peak_bytes
+
+    found = measure_model(model, path, cost)
+    constants = Constants(model)
+    found.rows["float_weights"] = float_weights(model)
+    found.rows["decoded_weights"] = decoded_weights(model)
+    found.float_weights = len(found.rows["float_weights"])
+    found.decoded_weights = len(found.rows["decoded_weights"])
+    found.peak_bytes, rows, found.why_unknown = peak_bytes(constants, cost)
+    if found.peak_bytes is not None:
+        # Tensors that live at once are as many as the graph is wide; a baseline need not name the small ones.
+        found.rows["peak_bytes"] = _largest_first(_grouped(rows.items()))
+    found.parts, found.readers = _parts(constants, cost)
+    found.operators = tuple(_operators(model))
+    return found
+
+
+def _grouped(sizes: Iterable[tuple[str, int]]) -> Counter[str]:
+    """Bytes by tensor, the small ones in one row."""
+    rows: Counter[str] = Counter()
+    for name, nbytes in sizes:
+        rows[name if nbytes >= SMALL_TENSOR else f"(tensors under {SMALL_TENSOR} B)"] += nbytes
+    return rows
+
+
+def _parts(constants: Constants, cost: ModelCost) -> tuple[tuple[Part, ...], dict[str, str]]:
+    from effic.ir.model import describe
+
+    readers, parts, of_node = dict[str, str](), list[Part](), dict[int, set[str]]()
+    for value, tensor in constants.stored():
+        name = value.name or "?"
+        nodes = list(constants.readers(value))
+        for node in nodes:
+            of_node.setdefault(id(node), set()).add(name)
+        if nodes and tensor.nbytes >= SMALL_TENSOR:
+            readers[name] = describe(nodes[0])
+        names = {name, *(node.name or "" for node in nodes)} - {""}
+        parts.append(Part(frozenset(names), name, weight_bytes=tensor.nbytes))
+    nodes = [node for graph in constants.model.graphs() for node in graph if node.op_type != "Constant"]
+    # The first node that reads a constant counts its parameters: decoding counts for what it decodes for.
+    for node, row in zip(nodes, cost.per_node, strict=True):
+        ends = _ends(constants, node)
+        names = {end.name or "" for end in ends} | {n for end in ends for n in of_node.get(id(end), ())}
+        parts.append(Part(frozenset(names - {""}), row.name, parameters=row.parameters, macs=row.macs))
+    return tuple(parts), readers
+
+
+def _ends(constants: Constants, node: ir.Node) -> list[ir.Node]:
+    """A node, or for one that computes from constants alone those that read its result."""
+    if not constants.is_derived(node):
+        return [node]
+    return [end for output in node.outputs for end in constants.readers(output)]
+
+
+def _operators(model: Model) -> Iterator[tuple[str, Operator]]:
+    from effic.ir.model import describe
+    from effic.op_coverage import Operator
+
+    imports = {id(f.graph): f.opset_imports for f in model.ir.functions.values()}
+    for graph in model.graphs():
+        versions = imports.get(id(graph), model.ir.opset_imports)
+        for node in graph:
+            if node.op_type != "Constant" and node.op_identifier() not in model.ir.functions:
+                version = versions.get(node.domain, 0)
+                yield describe(node), Operator(node.op_type, node.domain, version)
 
 
 def measure_model(model: Model, path: Path, cost: ModelCost) -> Measurement:
-    """Measure a model that was read from ``path`` and is still as it was read."""
-    tensors: Counter[str] = Counter()
-    for name, nbytes in tensor_bytes(model):
-        tensors[name if nbytes >= SMALL_TENSOR else f"(tensors under {SMALL_TENSOR} B)"] += nbytes
+    """The figures that are quick to take of a model that was read from ``path`` and is still as it was read."""
+    tensors = _grouped(tensor_bytes(model))
     macs: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
     for node in cost.per_node:

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from effic.gate import GateReport, find_config, gate, read_config
+from effic.gate import gate
+from effic.gate_config import find_config, read_config
+from effic.gate_verdicts import GateReport
 from effic.ir.errors import InvalidModelError, NotMeasuredError, UsageError
 from effic.ir.model import Model
 
@@ -113,7 +115,7 @@ def test_the_nearest_configuration_with_a_gate_is_used(tmp_path: Path) -> None:
     (deep / "pyproject.toml").write_text('[project]\nname = "other"\n')
     assert find_config(deep) == outer
     (budget,) = read_config(outer).budgets
-    assert budget.key == 'tool.effic.gate.models."m".nodes.max'
+    assert budget.key == "tool.effic.gate.models.m.nodes.max"
     inner = write(deep, '[gate.models."m"]\nnodes.max = 1')
     assert find_config(deep) == inner
 
@@ -198,10 +200,25 @@ def test_no_baseline_is_written_while_a_model_is_missing(project: Path) -> None:
     assert not (project / "effic-baseline.json").exists()
 
 
-def test_a_broken_model_is_bad_input(project: Path) -> None:
+def test_a_broken_model_is_bad_input_and_stops_no_other(project: Path) -> None:
+    save(project, "a_sound_one", layers=1)
+    run(project, GROWTH, update=True)
     (project / "models" / "net.onnx").write_bytes(b"\x08\x0agarbage")
+    report = run(project, GROWTH)
+    assert report.exit_code == 2
+    assert {(v.model, v.status) for v in report.verdicts} == {
+        ("models/a_sound_one.onnx", "ok"),
+        ("models/net.onnx", "error"),
+    }
+    assert all("net.onnx" in v.why for v in report.verdicts if v.status == "error")
+    before = (project / "effic-baseline.json").read_bytes()
     with pytest.raises(InvalidModelError):
-        run(project, GROWTH)
+        run(project, GROWTH, update=True)
+    assert (project / "effic-baseline.json").read_bytes() == before
+    # What is certain outweighs what cannot be judged, and that what was not measured.
+    assert run(project, '[gate.models."models/*.onnx"]\nnodes.max = 1').exit_code == 1
+    gone = '\n[gate.models."gone.onnx"]\nnodes.max = 1'
+    assert run(project, '[gate.models."models/*.onnx"]\nnodes.max = 1000' + gone).exit_code == 2
 
 
 @pytest.mark.parametrize(

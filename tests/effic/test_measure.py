@@ -80,7 +80,7 @@ def test_json_and_back(tmp_path: Path) -> None:
     assert Measurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [name for name in METRICS if name != "decoded_weights"])
 def test_every_metric_is_a_figure(tmp_path: Path, metric: str) -> None:
     model().save(tmp_path / "m.onnx")
     found = measure(tmp_path / "m.onnx")

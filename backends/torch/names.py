@@ -34,6 +34,8 @@ def state_keys(names: Iterable[str]) -> dict[str, str]:
             keys[name] = name
             continue
         base = (name if usable[name] else name.replace(".", "_")) + "_"
+        if base.startswith("__"):
+            base = f"tensor{base}"  # torch keeps such names to itself, whatever follows
         key, number = base, 0
         while key in taken or key in prefixes or not _parts_allowed(key):
             number += 1

@@ -11,6 +11,7 @@ and a negative dimension of a declared shape (meant as "unknown") is made unknow
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,7 @@ _FIELD_OF_TYPE: dict[int, str] = {
 }
 _KNOWN_TYPES = {int(t) for t in ir.DataType if t != ir.DataType.UNDEFINED}
 _STANDARD = ("", "ai.onnx")
+_SINGLE = onnx.defs.OpSchema.FormalParameterOption.Single
 _ONNX = f"onnx {onnx.__version__}"
 _UPGRADE = "upgrade the package 'onnx', or export the model again"
 # numpy's limit, and the largest number of bytes an array may be declared with.
@@ -112,6 +114,8 @@ class _Checker:
         self.limits = limits
         self.nodes = 0
         self.opsets: Mapping[str, int] = {}
+        # Functions of the model that take the place of standard operators.
+        self.overridden: set[tuple[str, str]] = set()
         # Attributes the function that is being checked declares; None outside functions.
         self.declared: set[str] | None = None
         # Per enclosing graph, the values made before the node that is being checked.
@@ -142,6 +146,7 @@ class _Checker:
             self.text(getattr(proto, field), f"the model's {field}")
         self.metadata(proto.metadata_props, "the model")
         self.opsets = self.opset_imports(proto.opset_import, "the model")
+        self.overridden = {(f.name, f.overload) for f in proto.functions if f.domain in _STANDARD}
         self.functions(proto)
         self.nodes = 0
         self.graph(proto.graph, [], 0)
@@ -330,7 +335,27 @@ class _Checker:
             if not any(value in scope for scope in reversed(scopes)):
                 self.fail(f"{where} reads '{value}', which nothing makes")
             reads.add(value)
+        if node.domain == "" and (node.op_type, node.overload) not in self.overridden:
+            self.operator(node, where)
         return reads | self.attributes(node.attribute, where, scopes, depth)
+
+    def operator(self, node: onnx.NodeProto, where: str) -> None:
+        """Refuse a node of the standard set that lacks an input, or has an attribute of another type."""
+        schema = schema_of(node.op_type, self.opsets[""])
+        if schema is None:
+            return  # Who runs or rewrites it will say so.
+        for index, wanted in enumerate(schema.inputs[: schema.min_input]):
+            if index >= len(node.input) or (not node.input[index] and wanted.option == _SINGLE):
+                self.fail(f"{where} lacks its input '{wanted.name}'")
+        if len(node.output) < schema.min_output:
+            self.fail(f"{where} has fewer than {schema.min_output} outputs")
+        for attribute in node.attribute:
+            known = schema.attributes.get(attribute.name)
+            if known is None or attribute.ref_attr_name or attribute.type == _ATTRIBUTE.UNDEFINED:
+                continue
+            if int(known.type) != attribute.type:
+                kind = _ATTRIBUTE.AttributeType.Name(attribute.type)
+                self.fail(f"attribute '{attribute.name}' of {where} is {kind}, not {known.type.name}")
 
     def order(self, nodes: list[onnx.NodeProto], reads: list[set[str]], where: str) -> None:
         """Refuse cycles. Nodes that are merely out of order are sorted later."""
@@ -516,6 +541,15 @@ class _Checker:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = location
+
+
+@functools.cache
+def schema_of(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    """What an operator of the standard set takes at an opset, or None when there is no such operator."""
+    try:
+        return onnx.defs.get_schema(op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None
 
 
 def _calls(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
-import onnx
 import onnx_ir as ir
 
 from effic.ir.errors import CheckFailedError
 from effic.ir.model import Model, describe
+from effic.ir.onnx_checks import schema_of
 from effic.ir.topology import neighbourhood, subgraphs
 
 
@@ -118,7 +117,7 @@ def _operator_problem(node: ir.Node, opsets: dict[str, int], functions: set[tupl
         return f"{describe(node)} is of the domain '{domain}', which the model does not import"
     if domain != "":
         return None
-    schema = _schema(node.op_type, opsets[domain])
+    schema = schema_of(node.op_type, opsets[domain])
     if schema is None:
         return f"{describe(node)}: opset {opsets[domain]} has no operator {node.op_type}"
     given = len(node.inputs)
@@ -133,11 +132,3 @@ def _operator_problem(node: ir.Node, opsets: dict[str, int], functions: set[tupl
         if attribute.required and name not in node.attributes:
             return f"{describe(node)} lacks the attribute '{name}'"
     return None
-
-
-@functools.cache
-def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
-    try:
-        return onnx.defs.get_schema(op_type, opset, "")
-    except onnx.defs.SchemaError:
-        return None

@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import onnx
 import pytest
@@ -65,6 +66,55 @@ def test_malformed(kind: str, tmp_path: Path) -> None:
     assert time.perf_counter() - started < 10
     assert peak < 32 << 20
     assert isinstance(caught.value, UsageError) == (kind in ("missing file", "folder", "dangling link"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda node: node.input.pop(), "MatMul 't' lacks its input 'B'"),
+        (lambda node: node.input.__setitem__(1, ""), "MatMul 't' lacks its input 'B'"),
+        (lambda node: node.output.pop(), "MatMul '' has fewer than 1 outputs"),
+        (
+            lambda node: (
+                node.__setattr__("op_type", "Flatten"),
+                node.attribute.add(name="axis", type=2, i=1),
+            ),
+            None,
+        ),
+        (
+            lambda node: (
+                node.__setattr__("op_type", "Flatten"),
+                node.attribute.add(name="axis", type=7, ints=[1]),
+            ),
+            "attribute 'axis' of Flatten 't' is INTS, not INT",
+        ),
+    ],
+)
+def test_nodes_that_lack_what_their_operator_needs(damage: Any, message: str | None, tmp_path: Path) -> None:
+    proto = malformed.valid_model()
+    damage(proto.graph.node[0])
+    if not proto.graph.node[0].output:
+        del proto.graph.node[1:]
+        del proto.graph.output[:]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    if message is None:
+        read_onnx(path)
+        return
+    with pytest.raises(InvalidModelError) as caught:
+        read_onnx(path)
+    assert str(caught.value) == f"model.onnx: {message}; export the model again."
+
+
+def test_a_function_may_take_the_place_of_a_standard_operator(tmp_path: Path) -> None:
+    proto = malformed.valid_model()
+    body = [onnx.helper.make_node("Identity", ["a"], ["b"])]
+    imports = [onnx.helper.make_opsetid("", 17)]
+    proto.functions.append(onnx.helper.make_function("", "MatMul", ["a"], ["b"], body, imports))
+    proto.graph.node[0].input.pop()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert len(read_onnx(path).ir.functions) == 1
 
 
 def test_limits(tmp_path: Path) -> None:

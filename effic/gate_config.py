@@ -287,10 +287,17 @@ class _Reader:
                     for metric, bounds in metrics.items():
                         yield from self.bounds((*inner, metric), pattern, metric, bounds, component)
             else:
-                reader = {"accuracy": self.accuracy, "agreement": self.agreement, "latency": self.latency}[
-                    name
-                ]
-                yield reader(here, pattern, value)
+                yield self.check(name, here, pattern, value)
+
+    def check(self, name: str, keys: tuple[str, ...], pattern: str, value: Any) -> Check:
+        reader = {"accuracy": self.accuracy, "agreement": self.agreement, "latency": self.latency}[name]
+        try:
+            return reader(keys, pattern, value)
+        except UsageError as error:
+            if str(error).startswith(f"{self._path}: "):
+                raise
+            # What the metric, the bounds or the images say of their own fields.
+            raise UsageError(f"{self._path}: {_written(keys)}: {error}") from None
 
     def bounds(
         self, keys: tuple[str, ...], pattern: str, metric: str, value: Any, component: str | None = None

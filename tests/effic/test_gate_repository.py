@@ -187,13 +187,13 @@ def test_a_slower_lowering(repository: Path) -> None:
     good = verdicts()
     assert good["latency max_ratio"]["status"] in ("ok", "unmeasured")  # a busy machine may be too noisy
     build(four, target="ort-cpu{decode=call}")
-    found = next(v for _ in range(3) if (v := verdicts())["latency max_ratio"]["status"] != "unmeasured")
+    found = next(v for _ in range(5) if (v := verdicts())["latency max_ratio"]["status"] != "unmeasured")
     assert {"decoded_weights max", "latency max_ratio"} <= set(broken(found))
     latency = found["latency max_ratio"]
     assert latency["value"] > latency["limit"] >= 1.5
     assert latency["limit"] == pytest.approx(1.3 + max(0.2, latency["noise"]))
     assert found["decoded_weights max"]["value"] == 8
-    assert "decode=call" in found["decoded_weights max"]["passes"][0]["after"]
+    assert any("decode=call" in m["after"] for m in found["decoded_weights max"]["passes"])
     assert found["accuracy top1 min"]["status"] == "ok"
     assert run().exit_code == 1
 

@@ -26,7 +26,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -430,16 +430,50 @@ def _only_constants(value: ir.Value, nodes: dict[int, ir.Node]) -> bool:
     return all(source is not None and _only_constants(source, nodes) for source in node.inputs)
 
 
+class _Step(NamedTuple):
+    """A node, the numbers of the values it reads and how it is written."""
+
+    operator: str
+    attributes: dict[str, ir.Attr]
+    sources: list[int]
+
+
 def _plan(value: ir.Value) -> Callable[[], np.ndarray]:
-    """How to compute a value that :func:`_only_constants` accepts."""
-    tensor = constant_tensor(value)
-    if tensor is not None:
-        return functools.partial(_load, tensor)
-    node = value.producer()
-    assert node is not None
-    parts = [_plan(source) for source in node.inputs if source is not None]
-    operator, attributes = node.op_type, dict(node.attributes)
-    return lambda: _compute(operator, attributes, [part() for part in parts])
+    """How to compute a value that :func:`_only_constants` accepts: every node once, the last one its own."""
+    numbers: dict[ir.Value, int] = {}
+    rows: list[ir.TensorProtocol | _Step] = []
+    _line_up(value, numbers, rows)
+    return functools.partial(_carry_out, rows)
+
+
+def _line_up(value: ir.Value, numbers: dict[ir.Value, int], rows: list[ir.TensorProtocol | _Step]) -> int:
+    """Add what computes a value to ``rows``, sources first; its number there."""
+    if value not in numbers:
+        row: ir.TensorProtocol | _Step | None = constant_tensor(value)
+        if row is None:
+            node = value.producer()
+            assert node is not None
+            sources = [_line_up(source, numbers, rows) for source in node.inputs if source is not None]
+            row = _Step(node.op_type, dict(node.attributes), sources)
+        numbers[value] = len(rows)
+        rows.append(row)
+    return numbers[value]
+
+
+def _carry_out(rows: list[ir.TensorProtocol | _Step]) -> np.ndarray:
+    # Groups have at most 256 weights: whatever a file claims, nothing on the way is larger.
+    most = 256 * sum(row.size for row in rows if not isinstance(row, _Step))
+    last = {source: n for n, row in enumerate(rows) if isinstance(row, _Step) for source in row.sources}
+    arrays: dict[int, np.ndarray] = {}
+    for number, row in enumerate(rows):
+        if isinstance(row, _Step):
+            arrays[number] = _compute(row.operator, row.attributes, [arrays[n] for n in row.sources], most)
+            for source in set(row.sources):
+                if last[source] == number:
+                    del arrays[source]
+        else:
+            arrays[number] = _load(row)
+    return arrays[len(rows) - 1]
 
 
 def _dense(plan: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
@@ -447,7 +481,7 @@ def _dense(plan: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int,
 
     try:
         array = np.ascontiguousarray(plan()).reshape(shape)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, TypeError, KeyError) as error:
         raise InvalidModelError(
             f"a compressed weight of shape {list(shape)} cannot be decompressed: {error}; write the file anew"
         ) from error
@@ -460,9 +494,20 @@ def _load(tensor: ir.TensorProtocol) -> np.ndarray:
     return array.astype(_NARROW[tensor.dtype].numpy()) if tensor.dtype in _NARROW else array
 
 
-def _compute(operator: str, attributes: dict[str, ir.Attr], arrays: list[np.ndarray]) -> np.ndarray:
+def _compute(
+    operator: str, attributes: dict[str, ir.Attr], arrays: list[np.ndarray], most: int
+) -> np.ndarray:
     first = arrays[0]
     axis = attributes["axis"].as_int() if "axis" in attributes else 0
+    if operator == "Gather":
+        size = first.size // max(1, first.shape[axis]) * arrays[1].size
+    elif operator in ("Expand", "BitwiseXor", "Mul", "Add"):
+        other = tuple(map(int, arrays[1])) if operator == "Expand" else arrays[1].shape
+        size = math.prod(np.broadcast_shapes(first.shape, other))
+    else:
+        size = 0
+    if size > most:
+        raise ValueError(f"{operator} makes {size} elements of far fewer")
     match operator:
         case "Cast":
             kind = ir.DataType(attributes["to"].as_int())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +421,52 @@ def test_sizes_are_not_taken_on_trust(make_net: Any) -> None:
     expand = site.compressed.core.inputs[0].producer()  # type: ignore[union-attr]
     expand.inputs[1].const_value = ir.Tensor(np.array([1 << 40, 4], np.int64))  # type: ignore[union-attr]
     assert recognise_compressed(site.value) is None
+
+
+def compressed_node(model: Model, op_type: str) -> ir.Node:
+    (site,) = weight_sites(model)
+    assert site.compressed is not None
+    return next(node for node in site.compressed.nodes if node.op_type == op_type)
+
+
+def test_what_grows_on_the_way_is_not_computed(make_net: Any) -> None:
+    model = sparse_net(make_net, MATMUL, pruned((96, 64), 0), "(float[N,96] x) => (float[N,64] y)")
+    compress(model)
+    gather = compressed_node(model, "Gather")
+    gather.inputs[0].const_value = ir.Tensor(np.zeros((1, 1 << 20), np.int32))  # type: ignore[union-attr]
+    with pytest.raises(InvalidModelError, match="Gather makes 1610612736 elements of far fewer"):
+        weight_sites(model)[0].read()
+
+
+def test_what_is_used_twice_is_computed_once(make_net: Any) -> None:
+    model = sparse_net(make_net, MATMUL, pruned((96, 64), 0), "(float[N,96] x) => (float[N,64] y)")
+    compress(model)
+    want = weight_sites(model)[0].read()
+    gather = compressed_node(model, "Gather")
+    codes = gather.inputs[1]
+    assert codes is not None
+    zero = model.add_initializer(model.graph, "zero", np.zeros((), np.int32))
+    value = codes
+    for number in range(20):  # 2 to the power of 20 sums of nothing, if each were made anew
+        factor = zero if number == 0 else value
+        node = ir.node("Mul" if number == 0 else "Add", [value, factor])
+        node.outputs[0].name = f"twice{number}"
+        model.graph.insert_before(gather, node)
+        value = node.outputs[0]
+    total = ir.node("Add", [codes, value])
+    total.outputs[0].name = "total"
+    model.graph.insert_before(gather, total)
+    gather.replace_input_with(1, total.outputs[0])
+    (site,) = weight_sites(model)
+    assert site.compressed is not None
+    began = time.perf_counter()
+    np.testing.assert_array_equal(site.read(), want)
+    assert time.perf_counter() - began < 5
+
+
+def test_a_cast_to_nothing_is_refused(make_net: Any) -> None:
+    model = sparse_net(make_net, MATMUL, pruned((96, 64), 0), "(float[N,96] x) => (float[N,64] y)")
+    compress(model)
+    compressed_node(model, "Cast").attributes["to"] = ir.AttrInt64("to", 0)
+    with pytest.raises(InvalidModelError, match="cannot be decompressed"):
+        weight_sites(model)[0].read()

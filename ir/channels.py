@@ -345,9 +345,11 @@ class Channels:
                 if index not in handled:
                     self.freeze(source, f"are a parameter of {describe(node)}")
             rest = node.outputs[len(results) :]
-        except Unfollowed as problem:
+        except (Unfollowed, IndexError, ValueError, ZeroDivisionError) as problem:
+            # Axes and sizes come from a file, which may name some that are not there.
+            reason = problem if isinstance(problem, Unfollowed) else "does not fit what it reads"
             for source in node.inputs:
-                self.freeze(source, f"are read by {describe(node)}, which {problem}")
+                self.freeze(source, f"are read by {describe(node)}, which {reason}")
             rest = node.outputs
         for value in rest:
             self.freeze(value, f"are made by {describe(node)}, through which channels are not followed")

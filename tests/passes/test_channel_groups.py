@@ -406,3 +406,12 @@ def test_cuts_are_brought_to_their_common_parts() -> None:
     bad, worse = product([Dim(4), Dim(6)]), product([Dim(3), Dim(8)])
     unify(bad, worse, "here")
     assert all(leaf.reason == "are cut in two ways that do not go together at here" for leaf in bad.leaves())
+
+
+@pytest.mark.parametrize("broken", ["Transpose<perm=[0,3]>(h)", "Hardmax<axis=7>(h)"])
+def test_nodes_that_do_not_fit_hold_what_they_read(broken: str, make_net: MakeNet) -> None:
+    body = f"h = MatMul(x, w)  p = {broken}  y = MatMul(h, v)"
+    model = make_net("(float[N,4] x) => (float[N,3] y)", body, w=w(4, 8), v=w(8, 3))
+    hidden = Channels(model).axes(model.graph.initializers["v"])
+    assert hidden is not None
+    assert str(hidden[0].root.reason).endswith("which does not fit what it reads")

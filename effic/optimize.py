@@ -255,14 +255,21 @@ def optimize(
         )
         put_build(model, build)
     if output is not None and not dry_run:
-        record_path(output).unlink(missing_ok=True)
         sizes = [0]
+        # An older record goes when its model is about to be replaced, so that none speaks of another model.
+        stale = record_path(output)
 
         def saved(done: int, total: int) -> None:
             sizes[0] = total
             _tell(progress, f"saving, {100 * done // max(total, 1)} %", steps_in_all, steps_in_all)
 
-        model.save(output, force=force, external=external, progress=saved)
+        model.save(
+            output,
+            force=force,
+            external=external,
+            progress=saved,
+            before_commit=lambda: stale.unlink(missing_ok=True),
+        )
         written, output_bytes = os.fspath(output), sizes[0]
     report = Report(
         source=model.origin.path or f"a model from {model.origin.front_end}",

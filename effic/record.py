@@ -22,6 +22,7 @@ from typing import Any
 from effic.bench import machine
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
+from effic.ir.whole_files import write_whole
 from effic.passes.pipeline import Step
 
 RECORD_VERSION = 1
@@ -204,12 +205,7 @@ def write_record(
         "machine": {**machine(), "python": platform.python_version()},
         "measured": _plain(measured),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
     return path
 
 

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import secrets
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
@@ -18,8 +16,9 @@ import onnx_ir as ir
 from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.mapped import FileMap, MappedTensor
 from effic.ir.model import Model
-from effic.ir.protobuf_scan import field_header
+from effic.ir.protobuf_scan import field_header, skeleton
 from effic.ir.tensors import drop_pages
+from effic.ir.whole_files import WholeFiles
 
 # Tensors smaller than this stay in the .onnx file when the rest is external: shapes, axes and scales
 # are read by shape inference, and a location costs about a hundred bytes itself.
@@ -45,13 +44,16 @@ def write_onnx(
     external: bool | None = None,
     external_threshold: int = 100 << 20,
     progress: Progress | None = None,
+    before_commit: Callable[[], None] | None = None,
 ) -> None:
     """Write a model, one tensor in memory at a time, all or nothing.
 
     The new files are written under temporary names and renamed when they are complete, data first.
     When the data file's name is taken (a model written over an older one), the new data gets a name
     of its own, so that at every moment the ``.onnx`` file refers to the data it was written with;
-    the older data file is removed last if the older model used it.
+    the older data file is removed last, unless another model beside it reads it. A process that is
+    killed leaves the old model or the new one, whole, and perhaps files that nothing refers to: see
+    :class:`effic.ir.whole_files.WholeFiles`.
 
     Args:
         model: stays usable, also when it was read from ``path`` itself.
@@ -60,6 +62,7 @@ def write_onnx(
         external: put weights into a data file; None decides by ``external_threshold``.
         external_threshold: bytes of weights above which they are external.
         progress: called with (bytes written, bytes in total).
+        before_commit: called when the new files are complete, before they take their names.
 
     Raises:
         UsageError: ``path`` exists and ``force`` is not given, or its folder cannot be written.
@@ -79,11 +82,11 @@ def write_onnx(
     if external is None:
         external = sum(p.nbytes for p in _payloads(model.ir)) > external_threshold
     try:
-        with _Files() as files:
+        with WholeFiles() as files:
             write = _write_external if external else _write_single
             write(model.ir, files, folder, name, progress or (lambda done, total: None))
             _keep_readable(model.ir, [path, *stale])
-            files.commit()
+            files.commit(before_commit)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
     for old in stale:
@@ -116,7 +119,7 @@ def model_bytes(model: Model) -> int:
 # -- the two layouts -------------------------------------------------------------------------------
 
 
-def _write_external(model: ir.Model, files: _Files, folder: str, name: str, progress: Progress) -> None:
+def _write_external(model: ir.Model, files: WholeFiles, folder: str, name: str, progress: Progress) -> None:
     data_name = f"{name}.data"
     number = 0
     while os.path.lexists(os.path.join(folder, data_name)):
@@ -147,7 +150,7 @@ def _write_external(model: ir.Model, files: _Files, folder: str, name: str, prog
     progress(total, total)
 
 
-def _write_single(model: ir.Model, files: _Files, folder: str, name: str, progress: Progress) -> None:
+def _write_single(model: ir.Model, files: WholeFiles, folder: str, name: str, progress: Progress) -> None:
     payloads = _payloads(model)
     total = sum(p.nbytes for p in payloads)
     if total > PROTOBUF_BYTES:
@@ -335,48 +338,27 @@ def _to_bytes(proto: onnx.ModelProto | onnx.GraphProto) -> bytes:
 # -- files -----------------------------------------------------------------------------------------
 
 
-class _Files:
-    """Files that appear under their names together, or not at all."""
-
-    def __init__(self) -> None:
-        self._open: list[tuple[IO[bytes], str, str]] = []
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def create(self, folder: str, name: str) -> IO[bytes]:
-        """A temporary file that :meth:`commit` renames to ``name``."""
-        target = os.path.join(folder, name)
-        # Not tempfile: that makes files only their owner may read, whatever the umask says.
-        temporary = os.path.join(folder, f".effic-{secrets.token_hex(8)}.tmp")
-        file = open(temporary, "xb")  # noqa: SIM115 (closed in __exit__)
-        self._open.append((file, temporary, target))
-        return file
-
-    def commit(self) -> None:
-        """Rename the files to their names, in the order they were created."""
-        for file, temporary, target in self._open:
-            file.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
-        while self._open:
-            _, temporary, target = self._open[0]
-            os.replace(temporary, target)
-            self._open.pop(0)
-
-    def __exit__(self, *exception: object) -> None:
-        for file, temporary, _ in self._open:
-            with contextlib.suppress(OSError):
-                # Closing flushes, and fails again when the disk is full.
-                file.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
 def _data_files(folder: str, name: str) -> list[str]:
-    """The data files an earlier model of this name may have left."""
+    """The data files an earlier model of this name left, as far as no other model beside it reads them.
+
+    A model that was renamed still reads the data file it was written with.
+    """
     pattern = re.compile(re.escape(name) + r"(\.[0-9]+)?\.data")
-    return [os.path.join(folder, n) for n in sorted(os.listdir(folder or ".")) if pattern.fullmatch(n)]
+    names = sorted(os.listdir(folder or "."))
+    found = [n for n in names if pattern.fullmatch(n)]
+    for other in names:
+        if found and other.endswith(".onnx") and other != name:
+            structure = _structure(os.path.join(folder, other))
+            found = [n for n in found if structure is not None and n.encode() not in structure]
+    return [os.path.join(folder, n) for n in found]
+
+
+def _structure(path: str) -> bytes | None:
+    """A model file's bytes without its weights, or None where they cannot be told apart."""
+    try:
+        return skeleton(FileMap(path).map, "weights")
+    except (OSError, ValueError):
+        return None
 
 
 def _keep_readable(model: ir.Model, doomed: list[str]) -> None:

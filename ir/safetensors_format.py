@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import struct
 from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
@@ -22,6 +21,7 @@ import onnx_ir as ir
 from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.mapped import FileMap
 from effic.ir.tensors import drop_pages
+from effic.ir.whole_files import WholeFiles
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -81,7 +81,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> TensorFile:
     for name, row in header.items():
         first, last = _place(path, name, row)
         if start + last > file.size:
-            raise InvalidModelError(f"{path} is cut short: the tensor {name!r:.200} ends after the file does.")
+            raise InvalidModelError(
+                f"{path} is cut short: the tensor {name!r:.200} ends after the file does."
+            )
         places.append((first, last, name))
         dtype, shape = DTYPES[row["dtype"]], tuple(row["shape"])
         if first == last:
@@ -121,7 +123,9 @@ def _place(path: str, name: str, row: Any) -> tuple[int, int]:
     possible = all(type(v) is int and 0 <= v < 1 << 63 for v in (*shape, *offsets)) and len(shape) <= 32
     # Of a tensor without elements too: arrays of other sizes beside the zero are as impossible.
     if not possible or math.prod(v for v in shape if v) >= 1 << 56:
-        raise InvalidModelError(f"{path} is damaged: the tensor {name!r:.200} has an impossible shape or place.")
+        raise InvalidModelError(
+            f"{path} is damaged: the tensor {name!r:.200} has an impossible shape or place."
+        )
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise InvalidModelError(f"{path} is damaged: the tensor {name!r:.200} does not fill its place.")
     return offsets[0], offsets[1]
@@ -155,9 +159,10 @@ def write_safetensors(
         at += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = os.path.join(os.path.dirname(path), f".effic-{secrets.token_hex(8)}.tmp")
+    folder, name = os.path.split(path)
     try:
-        with open(temporary, "xb") as file:
+        with WholeFiles() as files:
+            file = files.create(folder, name)
             file.write(struct.pack("<Q", len(text)) + text)
             for array in tensors.values():
                 if not isinstance(array, np.ndarray):
@@ -165,12 +170,9 @@ def write_safetensors(
                     continue
                 # memoryview knows no bf16: the bytes are written, whatever they mean.
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        os.replace(temporary, path)
+            files.commit()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
 
 
 def _stream(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:

@@ -73,7 +73,7 @@ def gate(
     """
     from effic.gate import gate as run
     from effic.gate_config import find_config, read_config
-    from effic.gate_reports import annotations, write_report
+    from effic.gate_reports import github_annotations, write_report
     from effic.gate_reports import junit as to_junit
     from effic.gate_reports import markdown as to_markdown
 
@@ -95,7 +95,7 @@ def gate(
     else:
         _print(report, why)
     if github:
-        for line in annotations(report):
+        for line in github_annotations(report):
             # GitHub reads both; JSON alone belongs on stdout.
             click.echo(line, err=as_json)
     if report.exit_code:

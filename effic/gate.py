@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -189,8 +190,8 @@ class _Run:
                 )
             start = base * (1 + baseline.headroom)
             limit = start * (1 + budget.limit) if budget.relative else start + budget.limit
-        # Floating point may put 105% of a round number a hair under it; counts are whole, so round.
-        limit = float(round(limit, 6))
+        # Floating point may put 105% of a round number a hair under it; figures are whole, and so is the limit.
+        limit = float(math.floor(round(limit, 6)))
         shown = base if budget.bound == "max_growth" else None
         common = (budget.place.line, unit, value, limit, shown)
         if value <= limit:

@@ -248,8 +248,8 @@ def judge_latency(
     bound = "max_ratio" if check.max_ratio is not None else "time"
     try:
         inputs = None if check.inputs is None else load_inputs(check.inputs)
-        models = (path,) if check.reference is None else (check.reference, path)
-        found = bench(*models, inputs=inputs, threads=check.threads, repeats=check.repeats, progress=progress)
+        first, second = (path, None) if check.reference is None else (check.reference, path)
+        found = bench(first, second, inputs, threads=check.threads, repeats=check.repeats, progress=progress)
     except EfficError as error:
         return [failed(name, "latency", bound, place, error)]
     threads = f"{check.threads} thread{'' if check.threads == 1 else 's'}"

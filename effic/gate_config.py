@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,9 +290,13 @@ class _Reader:
                 yield self.check(name, here, pattern, value)
 
     def check(self, name: str, keys: tuple[str, ...], pattern: str, value: Any) -> Check:
-        reader = {"accuracy": self.accuracy, "agreement": self.agreement, "latency": self.latency}[name]
+        readers: dict[str, Callable[[tuple[str, ...], str, Any], Check]] = {
+            "accuracy": self.accuracy,
+            "agreement": self.agreement,
+            "latency": self.latency,
+        }
         try:
-            return reader(keys, pattern, value)
+            return readers[name](keys, pattern, value)
         except UsageError as error:
             if str(error).startswith(f"{self._path}: "):
                 raise

@@ -78,7 +78,7 @@ def markdown(report: GateReport) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def annotations(report: GateReport) -> Iterator[str]:
+def github_annotations(report: GateReport) -> Iterator[str]:
     """Workflow commands that GitHub shows at the lines of the configuration in a pull request.
 
     They need no token and work on forks.

@@ -188,7 +188,9 @@ class Measurement:
             macs_by_node=_counts(data["macs_by_node"]),
             parameters_by_node=_counts(data["parameters_by_node"]),
             ops=_counts(data["ops"]),
-            **{name: None if data.get(name) is None else int(data[name]) for name in _LATER},
+            float_weights=_count(data.get("float_weights")),
+            decoded_weights=_count(data.get("decoded_weights")),
+            peak_bytes=_count(data.get("peak_bytes")),
             rows={name: _counts(data[f"{name}_by"]) for name in _LATER if f"{name}_by" in data},
         )
 
@@ -303,6 +305,10 @@ def measure_model(model: Model, path: Path, cost: ModelCost) -> Measurement:
         parameters_by_node=_largest_first(parameters),
         ops=_largest_first(Counter(cost.ops)),
     )
+
+
+def _count(figure: Any) -> int | None:
+    return None if figure is None else int(figure)
 
 
 def _counts(rows: Mapping[str, Any]) -> dict[str, int]:

@@ -77,7 +77,7 @@ def _is_written_in_others(operator: Operator) -> bool:
         schema = onnx.defs.get_schema(operator.op_type, operator.version, "")
     except onnx.defs.SchemaError:
         return False
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    return bool(schema.has_function or schema.has_context_dependent_function)  # type: ignore[attr-defined]
 
 
 @cache

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from effic.cli.main import main
 from effic.gate_config import key_lines, read_config
-from effic.gate_reports import annotations, junit, markdown
+from effic.gate_reports import github_annotations, junit, markdown
 from effic.gate_verdicts import GateReport, Mover, PassMover, Verdict, headline
 from effic.ir.model import Model
 from effic.models.builders import BUILDERS
@@ -167,7 +167,7 @@ def test_names_break_no_report(model: str, tensor: str, why: str) -> None:
     report = GateReport(Path("effic.toml"), Path("b.json"), verdicts=[verdict, failed])
     root = ElementTree.fromstring(junit(report))
     assert [case.tag for case in root.iter("testcase")] == ["testcase", "testcase"]
-    for line in annotations(report):
+    for line in github_annotations(report):
         assert len(line.splitlines()) == 1 or not {"\n", "\r"} & set(line)
         assert line.startswith("::error file=effic.toml,line=3,title=effic gate%3A nodes::")
     table = [line for line in markdown(report).split("\n") if line.startswith("| ❌")]

@@ -76,6 +76,15 @@ class OperatorNode:
         value = self.value(index)
         return None if value is None else self._graph.known(value)
 
+    def is_fixed(self, index: int) -> bool:
+        """Whether an input is a constant, or an initializer that is not trained. Does not read it."""
+        value = self.value(index)
+        if value is None:
+            return False
+        if value.is_initializer():
+            return value in self._graph.store.known
+        return constant_tensor(value) is not None
+
     def dtype(self, index: int) -> ir.DataType | None:
         """Element type of an input as the model declares or implies it, None when unknown or left out."""
         value = self.value(index)

@@ -12,6 +12,7 @@ import pytest
 from effic.ir.errors import UnsupportedError
 from effic.ir.evaluate import Oracle, compare_outputs, runnable_inputs
 from effic.ir.model import OPTIONAL_KEY, Model
+from effic.ir.torch_capture import capture
 from effic.models import builders
 from effic.models.sketch import Sketch
 from effic.passes.pipeline import run_passes
@@ -372,6 +373,20 @@ def test_sizes_never_become_tensors() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
     assert compiled(torch.randn(3, 5, 6)).shape == (3, 10, 3)
+
+
+def test_gradients_reach_statistics_that_are_computed() -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv1d(3, 4, 3), torch.nn.BatchNorm1d(4, track_running_stats=False)
+    ).eval()
+    x = torch.randn(2, 3, 9)
+    module = to_module(capture(net, (x,)))
+    for one in (net, module):
+        one(x).pow(3).sum().backward()
+    torch.testing.assert_close(module(x), net(x))
+    made = dict(module.named_parameters())
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(made[name].grad, parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_as_written() -> None:

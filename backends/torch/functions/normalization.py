@@ -59,7 +59,7 @@ def instance_norm(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) -> Ten
 def batch_norm(
     x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float
 ) -> Tensor:
-    """ONNX BatchNormalization with statistics of another type than the input."""
+    """ONNX BatchNormalization with statistics that are computed, or of another type than the input."""
     shape = [1, -1] + [1] * (x.ndim - 2)
     wide = x.to(mean.dtype)
     factor = (scale.to(mean.dtype) * torch.rsqrt(variance + epsilon)).reshape(shape)

@@ -22,7 +22,8 @@ def batch(node: OperatorNode, graph: GraphBuilder) -> Results:
             node.refuse("is in training mode as opset 13 and older have it; convert the model to opset 14")
         made = graph.call(functions.batch_norm_training, x, scale, bias, mean, variance, epsilon, momentum)
         return tuple(graph.call(operator.getitem, made, i) for i in range(len(node.node.outputs)))
-    if node.dtype(0) != node.dtype(3) or node.dtype(0) != node.dtype(1):
+    # torch has no derivative for statistics, which some models compute (a norm without running ones).
+    if not (node.is_fixed(3) and node.is_fixed(4)) or not node.dtype(0) == node.dtype(3) == node.dtype(1):
         return graph.call(functions.batch_norm, x, scale, bias, mean, variance, epsilon)
     return graph.call(F.batch_norm, x, mean, variance, scale, bias, training=False, eps=epsilon)
 

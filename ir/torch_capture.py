@@ -304,6 +304,7 @@ def _export(
     made = program.model.opset_imports.get("", 0)
     if opset is not None and made != opset:
         raise CaptureError(f"torch produced opset {made}, not {opset}; ask for {made} or for none")
+    _refuse_projections(program.exported_program)
     for spec in program.exported_program.graph_signature.output_specs:
         if spec.kind.name == "BUFFER_MUTATION":
             notes.append(
@@ -333,6 +334,18 @@ def _refuse_training_program(program: ExportedProgram) -> None:
                 f"the program was exported in training mode ('{node.name}' is not the same in eval mode); "
                 "call eval() on the module before torch.export.export"
             )
+
+
+def _refuse_projections(program: ExportedProgram) -> None:
+    """ONNX's LSTM has no projection of its state; torch's translation leaves it out in silence."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target) == "aten.lstm.input":
+            _, _, weights, biases, layers, _, _, both_ways, *_ = node.args
+            if len(weights) != (4 if biases else 2) * layers * (2 if both_ways else 1):
+                raise CaptureError(
+                    f"ONNX has no LSTM with a projection ('{node.name}' has proj_size); "
+                    "apply the projection as a Linear of its own, or use proj_size=0"
+                )
 
 
 def _reason(error: BaseException) -> str:

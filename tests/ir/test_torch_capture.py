@@ -370,6 +370,17 @@ def test_graph_modules() -> None:
     assert_same(model, module, torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_in_an_lstm_is_refused(bias: bool) -> None:
+    def two_ways(projection: int) -> torch.nn.Module:
+        return torch.nn.LSTM(6, 5, 2, bias=bias, bidirectional=True, proj_size=projection)
+
+    x = torch.randn(4, 2, 6)
+    assert len(list(capture(two_ways(0), (x,)).nodes("LSTM"))) == 2
+    with pytest.raises(CaptureError, match=r"no LSTM with a projection .* use proj_size=0"):
+        capture(two_ways(3), (x,))
+
+
 def test_the_module_of_a_program() -> None:
     module = Cnn().eval()
     program = torch.export.export(module, (torch.randn(2, 3, 8, 8),))

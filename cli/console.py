@@ -37,13 +37,22 @@ def console(*, stderr: bool = False) -> Console:
     return Screen(file=stream, width=width, highlight=False, emoji=False, markup=False, soft_wrap=False)
 
 
+# What a terminal would obey rather than show, but for tab and new line: names come from files of anyone.
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "?")
+
+
+def tame(text: str) -> str:
+    """A text in which a terminal finds nothing to obey."""
+    return text.translate(_CONTROLS)
+
+
 def print_result(*things: RenderableType) -> None:
     """Print tables and lines of text on stdout."""
     screen = console()
     for thing in things:
         if isinstance(thing, str):
             # Sentences are left to the terminal to wrap, so that a pipe gets whole lines.
-            screen.print(thing, soft_wrap=True)
+            screen.print(tame(thing), soft_wrap=True)
         else:
             screen.print(thing)
 
@@ -55,7 +64,7 @@ def print_json(data: Any) -> None:
 
 def note(text: str) -> None:
     """One line for the reader on stderr."""
-    click.echo(text, err=True)
+    click.echo(tame(text), err=True)
 
 
 def plain(data: Any) -> Any:
@@ -85,7 +94,7 @@ def table(*columns: str, rows: Iterable[Sequence[str]], flexible: int = 0, title
     """
     from rich.table import Table
 
-    cells = [list(row) for row in rows]
+    cells = [[tame(cell) for cell in row] for row in rows]
     headings = [column.removeprefix(">") for column in columns]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     others = sum(widths) - widths[flexible]

@@ -121,7 +121,9 @@ def _tolerate_narrow_encodings() -> None:
 
 def _fail(message: str, code: int, args: Sequence[str], ctx: click.Context | None = None) -> NoReturn:
     """Say the sentence on stderr (and as JSON on stdout when that was asked for), and leave."""
-    click.echo(f"effic: error: {message}", err=True)
+    from effic.cli.console import tame
+
+    click.echo(f"effic: error: {tame(message)}", err=True)
     if ctx is not None:
         click.echo(f"Try '{ctx.command_path} --help'.", err=True)
     if "--json" in args:

@@ -32,7 +32,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effic.ir.errors import InvalidModelError
-from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor
+from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor, noted_text
 
 COMPRESSED_KEY = "effic.compressed"
 """Key in the metadata of the node that spreads: JSON with the pattern, the weight's name and bits per weight."""
@@ -352,13 +352,9 @@ def recognise_compressed(value: ir.Value | None) -> Compressed | None:
     except (ValueError, RecursionError):
         notes = {}
     notes = notes if isinstance(notes, dict) else {}
-
-    def text(key: str) -> str | None:
-        found = notes.get(key)
-        return found if isinstance(found, str) and found else None
-
     shape = tuple(d for d in value.shape if isinstance(d, int))
-    return Compressed(value, tuple(nodes.values()), core, value.dtype, shape, text("pattern"), text("weight"))
+    pattern, weight = (noted_text(notes.get(key)) for key in ("pattern", "weight"))
+    return Compressed(value, tuple(nodes.values()), core, value.dtype, shape, pattern, weight)
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -481,7 +477,7 @@ def _dense(plan: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int,
 
     try:
         array = np.ascontiguousarray(plan()).reshape(shape)
-    except (ValueError, IndexError, TypeError, KeyError) as error:
+    except (ValueError, IndexError, TypeError, KeyError, OverflowError) as error:
         raise InvalidModelError(
             f"a compressed weight of shape {list(shape)} cannot be decompressed: {error}; write the file anew"
         ) from error

@@ -30,7 +30,7 @@ import onnx_ir as ir
 
 from effic.ir.compressed import Compressed, recognise_compressed
 from effic.ir.errors import UnsupportedError
-from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor
+from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor, noted_text
 
 ENCODING_KEY = "effic.encoding"
 """Key in the metadata of a DequantizeLinear node: JSON with bits, group_size, axis, symmetric, weight."""
@@ -512,7 +512,6 @@ def _read_dequantize(node: ir.Node) -> Encoding | None:
     bits = notes.get("bits")
     if not isinstance(bits, int) or not 1 <= bits <= codes.dtype.bitwidth:
         bits = int(codes.dtype.bitwidth)
-    name = notes.get("weight")
     return Encoding(
         codes=codes,
         scales=scale,
@@ -521,7 +520,7 @@ def _read_dequantize(node: ir.Node) -> Encoding | None:
         block_size=block,
         bits=bits,
         shape=shape,
-        weight=name if isinstance(name, str) and name else None,
+        weight=noted_text(notes.get("weight")),
         compressed=compressed,
     )
 
@@ -529,7 +528,7 @@ def _read_dequantize(node: ir.Node) -> Encoding | None:
 def _read_notes(node: ir.Node) -> dict[str, Any]:
     try:
         notes = json.loads(node.metadata_props.get(ENCODING_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) else {}
 

@@ -307,11 +307,34 @@ def describe(node: ir.Node) -> str:
     return f"{node.op_type} '{name}'"
 
 
+def noted_text(found: object) -> str | None:
+    """A text that somebody noted in metadata, or None where it is none, or none that a file can hold.
+
+    (JSON can write half of a surrogate pair.)
+    """
+    if not isinstance(found, str) or not found:
+        return None
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return None
+    return found
+
+
 def _read_record(text: str | None) -> list[PassRecord]:
     if not text:
         return []
     try:
-        return [PassRecord(**row) for row in json.loads(text)]
-    except (ValueError, TypeError):
+        rows = [PassRecord(**row) for row in json.loads(text)]
+        return rows if all(map(_is_record, rows)) else []
+    except (ValueError, TypeError, RecursionError):
         # Someone else's metadata under our key: not ours to trust, and not worth failing for.
         return []
+
+
+def _is_record(row: PassRecord) -> bool:
+    texts = (row.text, row.version) if row.data is None else (row.text, row.version, row.data)
+    counts = (row.passed, row.missed, row.bytes_before, row.bytes_after)
+    return all(noted_text(one) is not None for one in texts) and all(
+        type(one) is int and abs(one) < 1 << 63 for one in counts
+    )

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from effic.ir.errors import UsageError
-from effic.ir.model import Model, constant_tensor
+from effic.ir.model import Model, constant_tensor, noted_text
 from effic.ir.weights import WeightSite, weight_sites
 
 SPARSITY_KEY = "effic.sparsity"
@@ -297,6 +297,8 @@ def declared(model: Model) -> dict[str, Pattern]:
         return {}
     found = {}
     for name, text in rows.items() if isinstance(rows, dict) else ():
+        if noted_text(name) is None:
+            continue
         try:
             found[name] = Pattern.parse(str(text))
         except UsageError:

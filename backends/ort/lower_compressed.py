@@ -76,7 +76,7 @@ def names_compressed(model: Model) -> set[str]:
         if text is not None:
             try:
                 found.add(str(json.loads(text).get("weight")))
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 continue
     return found
 

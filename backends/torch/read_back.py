@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.model import Model, Origin
 from effic.ir.sparsity import broken, declare
 from effic.ir.tensors import borrow
-from effic.ir.torch_capture import ALIASES_KEY
+from effic.passes.adapters.matching import aliases
 
 
 def read_back(model: Model, module: nn.Module) -> Model:
@@ -105,7 +104,7 @@ def _slots(graph: ir.Graph, state: Mapping[str, Any]) -> dict[str, Slot]:
 
 
 def _require_tied(value: ir.Value, trained: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
-    for other in json.loads(value.metadata_props.get(ALIASES_KEY, "[]")):
+    for other in aliases(value):
         if other in state and not torch.equal(state[other], trained):
             raise UnsupportedError(
                 f"'{value.name}' and '{other}' are one weight in the model but differ in the module; "

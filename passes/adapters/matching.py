@@ -231,7 +231,7 @@ def aliases(value: ir.Value) -> list[str]:
     """Other state-dict names of a tied weight."""
     try:
         found = json.loads(value.metadata_props.get(ALIASES_KEY, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 

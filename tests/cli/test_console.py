@@ -88,3 +88,12 @@ def test_no_progress_bar_without_a_terminal(monkeypatch) -> None:
     with console.progress() as bar:
         assert bar is None
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_names_from_files_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "\x1b[31mred\x07\x9b"
+    console.print_result(f"{name} lüge → 2:4", console.table("weight", rows=[[name]]))
+    console.note(name)
+    out, err = capsys.readouterr()
+    assert "?[31mred?? lüge → 2:4" in out
+    assert not {"\x1b", "\x07", "\x9b"} & {*out, *err}

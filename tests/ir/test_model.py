@@ -124,7 +124,21 @@ def test_record_survives_the_file(tmp_path) -> None:
     assert read_onnx(tmp_path / "m.onnx").record == model.record
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[1]", '[{"a": 1}]', "{}"])
+def record(text: str = '"a"', passed: str = "1") -> str:
+    return f'[{{"text":{text},"version":"1","passed":{passed},"missed":1,"bytes_before":1,"bytes_after":1}}]'
+
+
+def test_a_record_is_read() -> None:
+    inner = make().ir
+    inner.metadata_props["effic.record"] = record()
+    assert Model(inner).record == [PassRecord("a", "1", 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no json", "[1]", '[{"a": 1}]', "{}", "[" * 5000,
+     record("5"), record('"\\ud800"'), record(passed='"x"'), record(passed=str(10**400))],
+)  # fmt: skip
 def test_a_foreign_record_is_ignored(text: str) -> None:
     inner = make().ir
     inner.metadata_props["effic.record"] = text

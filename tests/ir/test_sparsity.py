@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.helper as oh
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effic.ir.errors import UsageError
+from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 from effic.ir.sparsity import (
     SPARSITY_KEY,
@@ -234,3 +236,16 @@ def test_what_others_wrote_under_the_key_does_no_harm(tmp_path: Path, text: str)
     model.ir.metadata_props[SPARSITY_KEY] = text
     assert declared(model) == {}
     assert broken(model) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, "[1]", '{"w": 3}', '{"\\ud800": "2:4"}', '{"": "2:4"}', '{"w": "4:2"}']
+)
+def test_what_declares_nothing_is_left_out(text: str) -> None:
+    model = Model(
+        ir.from_onnx_text(
+            '<ir_version: 10, opset_import: ["" : 18]> g (float[2] x) => (float[2] y) { y = Abs(x) }'
+        )
+    )
+    model.ir.metadata_props[SPARSITY_KEY] = text
+    assert declared(model) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -189,8 +190,11 @@ def read_baseline(path: Path) -> Baseline | None:
         version = data["effic_baseline"]
         if version == BASELINE_VERSION:
             models = {str(name): Subject.from_dict(row) for name, row in data["models"].items()}
-            return Baseline(models, float(data.get("headroom", 0.0)))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            headroom = float(data.get("headroom", 0.0))
+            if not 0 <= headroom < math.inf:
+                raise ValueError(headroom)
+            return Baseline(models, headroom)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UsageError(
             f"the baseline '{path}' is malformed; restore it, or run 'effic gate --update'"
         ) from None

@@ -16,8 +16,10 @@ It lies in ``effic.toml`` under ``[gate]``, or in ``pyproject.toml`` under ``[to
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from effic.metric_data import Images
 from effic.metrics import Function, get_metric
 from effic.op_coverage import TARGETS
 from effic.passes import near
+from effic.toml_lines import key_lines
 
 CONFIG_NAMES = ("effic.toml", "pyproject.toml")
 BOUNDS = ("max", "max_growth")
@@ -40,6 +43,7 @@ TABLES = ("ops", "ops_allowed", "components", "accuracy", "agreement", "latency"
 """Keys of a model beside the metrics of :data:`effic.measure.METRICS`."""
 
 EXAMPLE = '[gate.models."model.onnx"] with file_bytes = { max = "2 MB", max_growth = "5%" }'
+_LOWEST = -sys.float_info.max  # a limit that is not finite would pass everything in silence
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -335,15 +339,21 @@ class _Reader:
     # -- what has to be run ----------------------------------------------------------------------
 
     def number(
-        self, table: Mapping[str, Any], name: str, keys: tuple[str, ...], *, low: float, whole: bool = False
+        self,
+        table: Mapping[str, Any],
+        name: str,
+        keys: tuple[str, ...],
+        *,
+        low: float = _LOWEST,
+        whole: bool = False,
     ) -> Any:
         value = table.get(name)
         kinds = int if whole else (int, float)
         if value is not None and (
-            isinstance(value, bool) or not isinstance(value, kinds) or not value >= low
+            isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < math.inf
         ):
             what = "a whole number" if whole else "a number"
-            at_least = f" of at least {low:g}" if low > float("-inf") else ""
+            at_least = f" of at least {low:g}" if low > _LOWEST else ""
             raise self.refuse((*keys, name), f"is {value!r}; it must be {what}{at_least}")
         return value
 
@@ -364,7 +374,6 @@ class _Reader:
         self.known(table, (*names, "limit", "window", "tokenizer", "images"), keys)
         if not isinstance(table.get("metric"), str):
             raise self.refuse(keys, 'must name its metric, such as metric = "top1"')
-        low = float("-inf")
         metric = get_metric(table["metric"])
         for bound, higher in (("min", True), ("max", False)):
             if bound in table and metric.higher_is_better is not higher:
@@ -380,7 +389,7 @@ class _Reader:
             data = self.file(table, "data", keys)
         elif data is not None and not isinstance(data, str):
             raise self.refuse((*keys, "data"), f"must be the path of a file or folder, not {data!r}")
-        bound = self.number(table, "min" if metric.higher_is_better else "max", keys, low=low)
+        bound = self.number(table, "min" if metric.higher_is_better else "max", keys)
         reference = self.file(table, "reference", keys)
         if metric.needs_reference and reference is None:
             raise self.refuse(
@@ -435,7 +444,7 @@ class _Reader:
         limits = self.limits(table, names, keys)
         if not limits:
             raise self.refuse(keys, f"sets no limit; give one of {', '.join(names)}")
-        bounds = {name: self.number(table, name, keys, low=float("-inf")) for name in limits}
+        bounds = {name: self.number(table, name, keys) for name in limits}
         count = self.number(table, "count", keys, low=1, whole=True)
         inputs = self.file(table, "inputs", keys)
         if inputs is not None and count is not None:
@@ -537,54 +546,6 @@ def _section(path: Path, data: dict[str, Any]) -> dict[str, Any] | None:
 def _written(keys: Iterable[str]) -> str:
     """A key as TOML writes it, with quotes where they are needed."""
     return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{key}"' for key in keys)
-
-
-def key_lines(text: str, data: Mapping[str, Any]) -> dict[tuple[str, ...], int]:
-    """The line, from 1, of every key and table of a TOML file.
-
-    The TOML reader of the standard library tells no lines: each line is tried as a header or as a key, and
-    counts where the data hold such a key (so that text which only looks like one does not).
-    """
-    found: dict[tuple[str, ...], int] = {}
-    table: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), start=1):
-        line = line.strip()
-        if line.startswith("["):
-            if (keys := _only_key(line)) and _has(data, keys):
-                table = keys
-                _note(found, keys, number)
-            continue
-        starts = [at for at, letter in enumerate(line) if letter == "="]
-        keys = next((k for at in starts if (k := _only_key(f"{line[:at]} = 0"))), None)
-        if keys and _has(data, (*table, *keys)):
-            _note(found, (*table, *keys), number)
-    return found
-
-
-def _note(found: dict[tuple[str, ...], int], keys: tuple[str, ...], line: int) -> None:
-    for size in range(1, len(keys) + 1):
-        found.setdefault(keys[:size], line)
-
-
-def _only_key(text: str) -> tuple[str, ...] | None:
-    """The path of the one key that a piece of TOML sets, or None."""
-    try:
-        found: Any = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return None
-    keys: list[str] = []
-    while isinstance(found, dict) and len(found) == 1:
-        ((key, found),) = found.items()
-        keys.append(key)
-    return tuple(keys) or None
-
-
-def _has(data: Any, keys: Iterable[str]) -> bool:
-    for key in keys:
-        if not isinstance(data, Mapping) or key not in data:
-            return False
-        data = data[key]
-    return True
 
 
 def relative_to_here(path: str | os.PathLike[str]) -> str:

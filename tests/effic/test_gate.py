@@ -222,7 +222,17 @@ def test_a_broken_model_is_bad_input_and_stops_no_other(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"effic_baseline": 1}', '{"effic_baseline": 1, "models": {"a": {}}}']
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"effic_baseline": 1}',
+        '{"effic_baseline": 1, "models": {"a": {}}}',
+        '{"effic_baseline": 1, "models": {}, "headroom": NaN}',
+        '{"effic_baseline": 1, "models": {}, "headroom": -1}',
+        '{"effic_baseline": 1, "models": {"a": {"file_bytes": Infinity}}}',
+    ],
 )
 def test_a_malformed_baseline(project: Path, text: str) -> None:
     (project / "effic-baseline.json").write_text(text)

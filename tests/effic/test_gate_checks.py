@@ -253,6 +253,29 @@ def test_headroom_is_kept_in_the_baseline(project: Path) -> None:
         run(body, update=True, headroom=-0.1)
 
 
+# -- what passes did -----------------------------------------------------------------------------
+
+
+def test_what_passes_did_is_told_from_the_record_that_fits(project: Path) -> None:
+    body = "weight_bytes.max_growth = 0"
+    effic.optimize("ref.onnx", COARSE, output="m.onnx", force=True, check="off")
+    run(body, update=True)
+    recorded = json.loads(Path("effic-baseline.json").read_text())["models"]["m.onnx"]["passes"]
+    assert [p["name"] for p in recorded] == ["fuse-conv-bn", "quantize-rtn", "lower"]
+    effic.optimize("ref.onnx", "fuse-conv-bn", output="m.onnx", force=True, check="off")
+    (verdict,) = run(body).verdicts
+    gone, lowering = verdict.passes
+    assert (gone.name, gone.after, lowering.name) == ("quantize-rtn", None, "lower")
+    assert gone.saved_before == recorded[1]["bytes_before"] - recorded[1]["bytes_after"]
+    # A record of another file, or a broken one, is left alone: the file's own metadata tell of the passes.
+    record = json.loads(Path("m.effic.json").read_text())
+    record["output"]["files"][0]["sha256"] = "0" * 64
+    for text in (json.dumps(record), "{"):
+        Path("m.effic.json").write_text(text)
+        (verdict,) = run(body).verdicts
+        assert [(p.name, p.after) for p in verdict.passes] == [("quantize-rtn", None), ("lower", None)]
+
+
 # -- parts and operators -------------------------------------------------------------------------
 
 
@@ -327,6 +350,9 @@ def test_operators(project: Path) -> None:
         ('latency = { reference = 3, max_ratio = 1.1 }', "must be the path"),
         ('latency = { reference = "r", max_ratio = 1.1, repeats = 1 }', "at least 4"),
         ('latency = { reference = "r", max_ratio = 1.1, threads = 1.5 }', "a whole number"),
+        ('latency = { reference = "r", max_ratio = inf }', "is inf; it must be a number"),
+        ('accuracy = { metric = "top1", data = "v", min = -inf }', "is -inf; it must be a number"),
+        ('accuracy = { metric = "top1", data = "v", max_drop = nan }', "is nan; it must be a number"),
         ("latency = {}", "must be a table"),
     ],
 )  # fmt: skip

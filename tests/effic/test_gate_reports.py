@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effic.cli.main import main
-from effic.gate_config import key_lines, read_config
+from effic.gate_config import read_config
 from effic.gate_reports import github_annotations, junit, markdown
 from effic.gate_verdicts import GateReport, Mover, PassMover, Verdict, headline
 from effic.ir.model import Model
 from effic.models.builders import BUILDERS
+from effic.toml_lines import key_lines
 
 SCHEMA = json.loads((files("effic") / "schemas" / "gate.schema.json").read_text())
 

@@ -169,6 +169,10 @@ def _live_map(step: Step, write: Writer, label: str) -> LiveMap:
     other = other_operand(node, step.value)
     if other is None:
         raise Refused(f"{describe(node)} lacks an operand")
+    tensor = constant_tensor(other)
+    if tensor is not None and tensor.size == 1:
+        # A number of the formula, as beside the norm; unless the model was captured and knows better.
+        other.metadata_props.setdefault(ROLE_KEY, "buffer")
     vector = write.vector(other, f"{label}constant")
     if node.op_type == "Mul":
         return LiveMap(vector)

@@ -26,16 +26,21 @@ MOST_UNPACKED = 4 << 30
 _NPY_HEADER_BYTES = 1 << 16
 # What NumPy, zip and JSON raise over files that are not what they say.
 _BROKEN = (
-    ValueError, TypeError, KeyError, EOFError, SyntaxError, RecursionError, OverflowError, NotImplementedError,
+    ValueError, TypeError, KeyError, EOFError, SyntaxError, OverflowError,
+    RuntimeError,  # also too deep, of an unknown compression, and encrypted
     struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
 )  # fmt: skip
 
 
-def read_arrays(path: str) -> dict[str, np.ndarray]:
+def read_arrays(path: str, what: str = "the calibration data") -> dict[str, np.ndarray]:
     """The arrays of a file by name; the one of an ``.npy`` file is called ``""``.
 
     They are mapped where the file allows it (everything but compressed ``.npz``), so that only what
     is used is read. Nothing in the file is executed: no pickles.
+
+    Args:
+        path: the file.
+        what: they are, in the messages of errors.
 
     Raises:
         UsageError: no such file, of another kind, broken, or with Python objects in it.
@@ -44,27 +49,27 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
         if path.endswith(".npy"):
             found = {"": np.load(path, mmap_mode="r", allow_pickle=False)}
         elif path.endswith(".npz"):
-            found = _read_npz(path)
+            found = _read_npz(path, what)
         elif path.endswith(".safetensors"):
-            found = _read_safetensors(path)
+            found = _read_safetensors(path, what)
         else:
             raise UsageError(
-                f"the calibration data {path} are of no known kind; give {', '.join(SUFFIXES)} or a folder of them"
+                f"{what} {path} are of no known kind; give {', '.join(SUFFIXES)} or a folder of them"
             )
     except OSError as error:
-        raise UsageError(f"cannot read the calibration data {path}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except _BROKEN as error:
         reason = first_line(error)
         if "pickle" in reason or "Python objects" in reason:
             reason = "they hold Python objects, which are never loaded; save arrays of numbers"
-        raise UsageError(f"cannot read the calibration data {path}: {reason}") from error
+        raise UsageError(f"cannot read {what} {path}: {reason}") from error
     for name, array in found.items():
         if array.dtype.kind not in "fiub" and array.dtype != ml_dtypes.bfloat16:
-            raise UsageError(f"the calibration data {path}: array '{name}' holds {array.dtype}, not numbers")
+            raise UsageError(f"{what} {path}: array '{name}' holds {array.dtype}, not numbers")
     return found
 
 
-def _read_npz(path: str) -> dict[str, np.ndarray]:
+def _read_npz(path: str, what: str) -> dict[str, np.ndarray]:
     arrays = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
@@ -74,7 +79,7 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
                 continue
             if info.file_size > MOST_UNPACKED:
                 raise UsageError(
-                    f"the calibration data {path}: array '{name}' is compressed and unpacks to "
+                    f"{what} {path}: array '{name}' is compressed and unpacks to "
                     f"{info.file_size / 1e9:.1f} GB; save it with np.savez, uncompressed"
                 )
             with archive.open(info) as member:
@@ -108,8 +113,8 @@ def _map_member(file: IO[bytes], path: str, info: zipfile.ZipInfo) -> np.ndarray
     return np.memmap(path, dtype, "r", at, shape, "F" if fortran else "C")
 
 
-def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+def _read_safetensors(path: str, what: str) -> dict[str, np.ndarray]:
     try:
         return read_safetensors(path).tensors
     except (InvalidModelError, UsageError) as error:
-        raise UsageError(f"cannot read the calibration data: {error}") from error
+        raise UsageError(f"cannot read {what}: {error}") from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import zipfile
-from pathlib import Path
 
 import numpy as np
 
 from effic.ir.errors import UsageError
 from effic.ir.sparsity import Pattern, from_reduction, reduction_length
 from effic.ir.weights import WeightSite
+from effic.passes.calibration_files import read_arrays
 
 # Beyond so many patterns of a group their numbers are nobody's way of writing masks.
 _MOST_PATTERNS = 1 << 16
@@ -22,22 +21,9 @@ def read_masks(path: str) -> dict[str, np.ndarray]:
     Raises:
         UsageError: there is no such file, or it cannot be read.
     """
-    file = Path(path)
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.numpy import load_file
-
-            try:
-                return dict(load_file(file))
-            except SafetensorError as error:
-                raise UsageError(f"the masks in {path} cannot be read: {error}") from error
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"the masks in {path} cannot be read: {error}") from error
-    raise UsageError(f"{path} is no file of masks; give an .npz or .safetensors file")
+    if not path.endswith((".npz", ".safetensors")):
+        raise UsageError(f"{path} is no file of masks; give an .npz or .safetensors file")
+    return read_arrays(path, "the masks in")
 
 
 def patterns_of(pattern: Pattern) -> np.ndarray:

@@ -192,9 +192,7 @@ class _State:
         rows = table.shape[1]
         pairs = self.count * (self.count - 1) // 2
         self.whole = self.solve and pairs * rows * _cost(2, self.m) <= _PAIR_WORK
-        self.triples = (
-            self.solve and window == 3 and self.count >= 3 and _partitions(3, self.m) <= _MOST_PARTITIONS
-        )
+        self.triples = self.solve and window == 3 and self.count >= 3 and solves_triples(self.m)
         self.rows = rows if self.whole else min(rows, max(_MIN_ROWS, int(_SWAP_WORK / len(table) ** 2)))
         # Rows are sorted by size, so that evenly spread ones are a fair sample.
         sample = np.linspace(0, rows - 1, self.rows).round().astype(int)
@@ -473,6 +471,11 @@ def _splits(width: int, m: int) -> np.ndarray:
 def _cost(width: int, m: int) -> float:
     """Array operations per row to solve a window."""
     return 4.0 * sum(math.comb(width * m, size) for size in range(1, m + 1))
+
+
+def solves_triples(m: int) -> bool:
+    """Whether windows of three groups of ``m`` are ever solved: larger groups have too many rearrangements."""
+    return _partitions(3, m) <= _MOST_PARTITIONS
 
 
 def _partitions(width: int, m: int) -> int:

@@ -18,7 +18,7 @@ from effic.passes.calibration import Calibration
 from effic.passes.quantize.weight_only import say_unmatched
 from effic.passes.sparsify.channel_scores import columns_of, reduction_axis, sampled_rows, scores
 from effic.passes.sparsify.ends import first_convolutions, vocabulary_heads
-from effic.passes.sparsify.permutation_search import Found, kept_score, search
+from effic.passes.sparsify.permutation_search import Found, kept_score, search, solves_triples
 from effic.passes.sparsify.prune_magnitude import PruneMagnitude
 
 # Gains below this share of the score are not worth rewriting weights for.
@@ -81,6 +81,8 @@ class PermuteChannels(CalibratedPass):
             raise UsageError(f"{self.name}: {error}") from error
         if self.search == "channel_swap":
             self.refuse_idle("search=channel_swap", "window")
+        if not solves_triples(self.m):
+            self.refuse_idle(f"m={self.m}", "window")
 
     @property
     def needs_data(self) -> bool:

@@ -123,3 +123,29 @@ def test_files_that_are_none_are_refused(make_net: MakeNet, tmp_path: Path, name
         (tmp_path / name).write_bytes(b"no masks in here, none at all")
     with pytest.raises(UsageError, match=r"masks"):
         apply(net(make_net), tmp_path / name)
+
+
+def npz(path: Path, method: int, *, flags: int = 0) -> None:
+    """An archive that names a compression method in its table of contents that nobody has."""
+    np.savez(path, w=np.ones((4, 4), bool))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02")
+    data[at + 8], data[at + 10] = flags, method
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["empty", "unknown compression", "encrypted", "records", "float8"])
+def test_hostile_files_are_refused_in_a_sentence(make_net: MakeNet, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("masks.safetensors" if kind == "float8" else "masks.npz")
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "records":
+        np.savez(path, w=np.zeros((96, 64), [("a", "i4")]))
+    elif kind == "float8":
+        header = b'{"w":{"dtype":"F8_E4M3","shape":[2,2],"data_offsets":[0,4]}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    else:
+        npz(path, 99 if kind == "unknown compression" else 8, flags=kind == "encrypted")
+    with pytest.raises(UsageError, match="the masks in") as caught:
+        apply(net(make_net), path)
+    assert "\n" not in str(caught.value)

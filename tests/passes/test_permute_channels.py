@@ -283,6 +283,7 @@ def test_large_scores_are_sampled_and_judged_whole(
         ("permute-channels{n=4}", "4:4 is no sparsity pattern"),
         ("permute-channels{window=10}", "allowed are 8, 12"),
         ("permute-channels{search=channel_swap,window=12}", "does nothing with"),
+        ("permute-channels{m=5,window=12}", "window does nothing with m=5"),
     ],
 )
 def test_options_are_checked(text: str, message: str) -> None:

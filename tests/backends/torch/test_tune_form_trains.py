@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
@@ -96,11 +97,6 @@ def test_from_a_file_with_no_roles_the_statistics_are_no_parameters(make_conv_no
 
 @pytest.fixture
 def make_conv_norm() -> Model:
-    import numpy as np
-    import onnx
-    import onnx_ir as ir
-    from onnx import numpy_helper
-
     body = "c = Conv(x, w)\n y = BatchNormalization(c, n_s, n_b, n_m, n_v)"
     proto = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 18]> g (float[2,3,6,6] x) => (float[2,4,4,4] y) { ' + body + " }"
@@ -120,21 +116,7 @@ def test_numbers_beside_the_norm_are_no_parameters() -> None:
     }"""
     proto = onnx.parser.parse_model(text)
     for name, shape in {"w": (4, 3, 1), "s": (4,), "b": (4,), "m": (4,), "v": (4,)}.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
-    model = Model(ir.from_proto(proto))
-    effic.run_passes(model, parse_passes("fuse-conv-bn{mode=tune}"), check="off")
-    return model
-
-
-def test_numbers_beside_the_norm_are_no_parameters() -> None:
-    text = """<ir_version: 9, opset_import: ["": 17]> g (float[2, 3, 5] x) => (float[2, 4, 5] y)
-    <float[4, 3, 1] w, float c = {0.5}, float[4] s, float[4] b, float[4] m, float[4] v> {
-        z = Conv (x, w) n = Sub (z, c) y = BatchNormalization (n, s, b, m, v)
-    }"""
-    proto = onnx.parser.parse_model(text)
-    for name, shape in {"w": (4, 3, 1), "s": (4,), "b": (4,), "m": (4,), "v": (4,)}.items():
-        held = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
-        held.CopyFrom(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
     model = Model(ir.from_proto(proto))
     trained = set(dict(effic.to_module(model).named_parameters()))
     assert trained == {"w", "s", "b"}

@@ -2,8 +2,8 @@
 
 ``python killed_runs.py FOLDER`` reads one JSON order a line, ``{"argv": […], "kill": …}``, and answers each
 with one JSON line. ``kill`` is null (let it end), ``{"seconds": s}`` (SIGKILL after s), ``{"writing": s}``
-(s after the first file of FOLDER was opened for writing) or ``{"event": n}`` (before the n-th time that
-a file of FOLDER is opened for writing, renamed or removed).
+(s after the first file of FOLDER was made) or ``{"event": n}`` (before the n-th time that
+a file of FOLDER is made, renamed or removed).
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ def changes_a_file(event: str, arguments: tuple[Any, ...]) -> bool:
     """Whether an audit event is about to change which files there are in the current folder."""
     if event == "open":
         flags = arguments[2]
-        if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+        if not isinstance(flags, int) or not flags & (os.O_CREAT | os.O_TRUNC):
             return False
     elif event not in CHANGES:
         return False
     path = arguments[0]
+    if event == "os.remove" and ".effic-" in str(path):
+        return False  # tidying up after an earlier kill, which would shift the numbers
     return isinstance(path, str) and os.path.dirname(os.path.abspath(path)) == os.getcwd()
 
 
@@ -100,8 +102,7 @@ if __name__ == "__main__":
     os.chdir(sys.argv[1])
     import onnxruntime  # noqa: F401
 
-    import effic.cli.optimize
-    import effic.optimize
+    import effic.cli.optimize  # noqa: F401
     from effic.passes import PASSES, load_pass
 
     for name in PASSES:

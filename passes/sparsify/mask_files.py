@@ -23,7 +23,8 @@ def read_masks(path: str) -> dict[str, np.ndarray]:
     """
     if not path.endswith((".npz", ".safetensors")):
         raise UsageError(f"{path} is no file of masks; give an .npz or .safetensors file")
-    return read_arrays(path, "the masks in")
+    # Of their own: torch takes no arrays that it could not write to.
+    return {name: np.array(array) for name, array in read_arrays(path, "the masks in").items()}
 
 
 def patterns_of(pattern: Pattern) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""The table of targets: reading it is enough to know them all."""
+"""The table of targets: reading it is enough to know them all.
+
+A target of another package is listed by an entry point in the group ``effic.backends`` (name = the
+target's name, object = the class).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,13 @@ from typing import TYPE_CHECKING
 
 from effic.ir.errors import UsageError
 from effic.passes import near
+from effic.passes.plugins import load_plugin, plugin_names
 
 if TYPE_CHECKING:
     from effic.backends.base import Backend
+
+GROUP = "effic.backends"
+"""Entry points of other packages' targets."""
 
 TARGETS: dict[str, str] = {
     # what any ONNX tool reads
@@ -21,21 +29,27 @@ TARGETS: dict[str, str] = {
 DEFAULT_TARGET = "ort-cpu"
 
 
+def target_names() -> list[str]:
+    """Names of all targets, third parties' last."""
+    return [*TARGETS, *(name for name in plugin_names(GROUP) if name not in TARGETS)]
+
+
 def load_backend(name: str) -> type[Backend]:
     """The class of a target.
 
     Raises:
-        UsageError: no such target; the nearest name is proposed.
+        UsageError: no such target (the nearest name is proposed), or a third party's does not load.
     """
-    if name not in TARGETS:
-        names = ", ".join(TARGETS)
-        raise UsageError(f"there is no target '{name}'{near(name, list(TARGETS))} (targets: {names})")
     from effic.backends.base import Backend
 
+    if name not in TARGETS:
+        other = load_plugin(GROUP, name, "target", Backend)  # type: ignore[type-abstract]
+        if other is None:
+            names = target_names()
+            raise UsageError(f"there is no target '{name}'{near(name, names)} (targets: {', '.join(names)})")
+        return other
     module, _, attribute = TARGETS[name].partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(found, type) and issubclass(found, Backend)):
-        raise UsageError(f"the target '{name}' is not a subclass of effic.backends.base.Backend")
+    found: type[Backend] = getattr(importlib.import_module(module), attribute)
     return found
 
 
@@ -48,6 +62,6 @@ def get_backend(text: str) -> Backend:
     from effic.passes.spec import build, parse_one
 
     if not text.strip():
-        raise UsageError(f"the target is empty (targets: {', '.join(TARGETS)})")
+        raise UsageError(f"the target is empty (targets: {', '.join(target_names())})")
     name, at, options = parse_one(text)
     return build(load_backend(name), name, options, text, at)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from effic.ir.errors import UsageError
+from effic.passes.plugins import load_plugin, plugin_names
 
 if TYPE_CHECKING:
     from effic.passes.base import Pass
+
+GROUP = "effic.passes"
+"""Entry points of other packages' passes."""
 
 PASSES: dict[str, str] = {
     # cleanup: smaller graphs, same numbers
@@ -54,7 +57,7 @@ PASSES: dict[str, str] = {
 
 def pass_names() -> list[str]:
     """Names of all passes, third parties' last."""
-    return [*PASSES, *sorted(e.name for e in entry_points(group="effic.passes") if e.name not in PASSES)]
+    return [*PASSES, *(name for name in plugin_names(GROUP) if name not in PASSES)]
 
 
 def load_pass(name: str) -> type[Pass]:
@@ -65,21 +68,15 @@ def load_pass(name: str) -> type[Pass]:
     """
     from effic.passes.base import Pass
 
-    if name in PASSES:
-        module, _, attribute = PASSES[name].partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-    else:
-        entry = next((e for e in entry_points(group="effic.passes") if e.name == name), None)
-        if entry is None:
+    if name not in PASSES:
+        other = load_plugin(GROUP, name, "pass", Pass)  # type: ignore[type-abstract]
+        if other is None:
             raise UsageError(
                 f"there is no pass '{name}'{near(name, pass_names())}; `effic passes` lists them"
             )
-        try:
-            found = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"the pass '{name}' of {entry.value} does not load: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise UsageError(f"the pass '{name}' is not a subclass of effic.passes.base.Pass")
+        return other
+    module, _, attribute = PASSES[name].partition(":")
+    found: type[Pass] = getattr(importlib.import_module(module), attribute)
     return found
 
 

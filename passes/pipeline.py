@@ -450,7 +450,11 @@ def _apply_with(
 
 def fingerprint(model: Model) -> int:
     """A number that changes when the graph does (tensors count by identity: they are never edited)."""
-    rows: list[Any] = [tuple(sorted(model.ir.opset_imports.items())), *sorted(map(str, model.ir.functions))]
+    functions = model.ir.functions.items()
+    rows: list[Any] = [
+        tuple(sorted(model.ir.opset_imports.items())),
+        *sorted((str(key), tuple(sorted(function.opset_imports.items()))) for key, function in functions),
+    ]
     for graph in model.graphs():
         rows.append(tuple(v.name for v in graph.outputs))
         rows.extend((n, id(v.const_value)) for n, v in graph.initializers.items())

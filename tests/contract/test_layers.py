@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": {"ir", "models"},
     "passes": {"ir", "passes"},
     "backends": {"ir", "passes", "backends"},
-    "effic": {"ir", "passes", "backends", "effic"},
+    "effic": {"ir", "passes", "backends", "effic", "models"},
     "cli": {"ir", "passes", "backends", "effic", "cli", "models"},
 }
 # Scripts that are run by hand, with `python -m`, and so may print.

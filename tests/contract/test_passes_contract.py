@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from effic.backends import TARGETS, get_backend
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
-from effic.ir.verify import problems
 from effic.ir.weights import weight_sites
 from effic.models.builders import BUILDERS
 from effic.passes import PASSES, load_pass
-from effic.passes.base import CalibratedPass, Numerics, Pass, options_of
-from effic.passes.calibration import Calibration
+from effic.passes.base import Pass, options_of
 from effic.passes.pipeline import Checker, run_passes
 from effic.passes.presets import PRESETS
-from effic.passes.spec import parse_passes, to_text
-
-
-def made_up(model: Model, passes: Sequence[Pass]) -> Calibration | None:
-    """Random samples, where a pass asks to see data."""
-    if not any(isinstance(item, CalibratedPass) for item in passes):
-        return None
-    return Calibration.load("random", model, samples=4)
-
+from effic.passes.spec import parse_passes
+from effic.testing import (
+    MODELS,
+    check_documented,
+    check_pass,
+    check_target,
+    check_text_form,
+    made_up_data,
+    seeded_model,
+)
 
 WriteAdapter = Callable[..., str]
 
@@ -95,33 +93,33 @@ def test_one_name_in_four_places(name: str) -> None:
 @pytest.mark.parametrize("name", PASSES)
 def test_pass_is_a_documented_frozen_value(name: str) -> None:
     cls = load_pass(name)
-    assert dataclasses.is_dataclass(cls)
-    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    assert isinstance(cls.numerics, Numerics)
-    assert cls.__doc__
-    assert "Before" in cls.__doc__, "before and after are shown the same way everywhere"
-    assert len(inspect.getdoc(cls).splitlines()[0]) <= 100  # type: ignore[union-attr]
-    for field, _ in options_of(cls):
-        assert field.metadata.get("help"), f"{name}.{field.name} has no help"
+    check_documented(cls)
     if name in ARGUMENTS:
         with pytest.raises(UsageError):
             parse_passes(name)
     else:
-        assert parse_passes(to_text(cls())) == [cls()]
+        check_text_form(cls())
 
 
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("built", sorted(BUILDERS))
+@pytest.mark.parametrize("built", MODELS)
 def test_pass_is_verified_checked_and_idempotent(
     name: str, built: str, tmp_path: Path, write_adapter: WriteAdapter
 ) -> None:
-    model = Model(BUILDERS[built]())
+    model = seeded_model(built)
     item = instance(name, model, tmp_path, write_adapter)
-    data = made_up(model, [item])
-    run_passes(model, [item], checker=Checker(model), calibration=data)
-    assert not list(problems(model))
-    second = run_passes(model, [item], check="off", calibration=data).steps[0]
-    assert not second.changed, [r for r in second.remarks if r.kind == "passed"][:3]
+    check_text_form(item)
+    check_pass(item, model)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("built", MODELS)
+def test_target_lowers_and_runs(name: str, built: str) -> None:
+    check_target(get_backend(name), seeded_model(built))
+
+
+def test_the_kit_has_every_seeded_model() -> None:
+    assert set(MODELS) == set(BUILDERS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -131,11 +129,11 @@ def test_presets_parse_and_give_reasons(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("built", sorted(BUILDERS))
+@pytest.mark.parametrize("built", MODELS)
 def test_presets_keep_every_seeded_model_right(name: str, built: str) -> None:
-    model = Model(BUILDERS[built]())
+    model = seeded_model(built)
     passes = parse_passes(PRESETS[name].text)
-    run_passes(model, passes, checker=Checker(model), calibration=made_up(model, passes))
+    run_passes(model, passes, checker=Checker(model), calibration=made_up_data(model, *passes))
 
 
 @pytest.mark.parametrize(
@@ -167,9 +165,9 @@ def test_options_that_do_nothing_are_refused(text: str) -> None:
     "name", [n for n in PASSES if "skip" in {f.name for f, _ in options_of(load_pass(n))}]
 )
 def test_patterns_that_match_nothing_are_said(name: str) -> None:
-    model = Model(BUILDERS["encoder"]())
+    model = seeded_model("encoder")
     passes = parse_passes(f"{name}{{skip=[nobody*,kind:MatMul]}}")
-    result = run_passes(model, passes, check="off", calibration=made_up(model, passes))
+    result = run_passes(model, passes, check="off", calibration=made_up_data(model, *passes))
     texts = [r.text for r in result.steps[0].remarks]
     assert [t for t in texts if "matches no weight" in t] == [
         "skip names 'nobody*', which matches no weight and no node"

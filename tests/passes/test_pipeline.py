@@ -327,7 +327,7 @@ def test_an_exact_pass_is_not_blamed_for_the_rounding_of_newer_kernels(
 def test_third_parties_passes_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("nothing", f"{__name__}:Nothing", "effic.passes")
     broken = EntryPoint("absent", "no.such.module:Pass", "effic.passes")
-    monkeypatch.setattr(passes_table, "entry_points", lambda group: [entry, broken])
+    monkeypatch.setattr("effic.passes.plugins.entry_points", lambda group: [entry, broken])
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or types.ModuleType(__name__))
     monkeypatch.setattr(sys.modules[__name__], "Nothing", Nothing, raising=False)
     assert "nothing" in passes_table.pass_names()

@@ -340,22 +340,27 @@ class _Checker:
         return reads | self.attributes(node.attribute, where, scopes, depth)
 
     def operator(self, node: onnx.NodeProto, where: str) -> None:
-        """Refuse a node of the standard set that lacks an input, or has an attribute of another type."""
+        """Refuse a node of the standard set with too few inputs or too many, or an attribute of another type."""
         schema = schema_of(node.op_type, self.opsets[""])
         if schema is None:
             return  # Who runs or rewrites it will say so.
         for index, wanted in enumerate(schema.inputs[: schema.min_input]):
             if index >= len(node.input) or (not node.input[index] and wanted.option == _SINGLE):
                 self.fail(f"{where} lacks its input '{wanted.name}'")
+        if len(node.input) > schema.max_input:
+            self.fail(f"{where} has {len(node.input)} inputs, at most {schema.max_input} are allowed")
         if len(node.output) < schema.min_output:
             self.fail(f"{where} has fewer than {schema.min_output} outputs")
         for attribute in node.attribute:
             known = schema.attributes.get(attribute.name)
             if known is None or attribute.ref_attr_name or attribute.type == _ATTRIBUTE.UNDEFINED:
                 continue
-            if int(known.type) != attribute.type:
-                kind = _ATTRIBUTE.AttributeType.Name(attribute.type)
-                self.fail(f"attribute '{attribute.name}' of {where} is {kind}, not {known.type.name}")
+            wanted_type, kind = (
+                str(known.type).rpartition(".")[2],
+                _ATTRIBUTE.AttributeType.Name(attribute.type),
+            )
+            if kind != wanted_type:
+                self.fail(f"attribute '{attribute.name}' of {where} is {kind}, not {wanted_type}")
 
     def order(self, nodes: list[onnx.NodeProto], reads: list[set[str]], where: str) -> None:
         """Refuse cycles. Nodes that are merely out of order are sorted later."""

@@ -214,8 +214,8 @@ def option_problem(field: dataclasses.Field[Any], kind: Any, value: Any) -> str 
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             return f"is {value!r}, which is no {'integer' if kind is int else 'number'}"
-        if not math.isfinite(value):
-            return f"is {value}, which is no finite number"
+        if math.isnan(value):
+            return f"is {value}, which is no number"
         low, high = field.metadata.get("ge"), field.metadata.get("le")
         if low is not None and value < low:
             return f"is {value}, the least is {low}"

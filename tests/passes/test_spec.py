@@ -67,7 +67,7 @@ def test_defaults_are_left_out() -> None:
         ("sample{size=-2}", "the least is -1", 7),
         ("sample{size=four}", "no integer", 7),
         ("sample{ratio=1.5}", "the most is 1.0", 7),
-        ("sample{ratio=nan}", "is nan, which is no finite number", 7),
+        ("sample{ratio=nan}", "is nan, which is no number", 7),
         ("sample{fast=yes}", "allowed are true, false", 7),
         ("sample{bits=4", "expected ',' or '}'", 13),
         ("sample{bits=4,bits=8}", "given twice", 14),

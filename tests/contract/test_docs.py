@@ -38,7 +38,7 @@ def test_links_in_the_readme_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/torch.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/torch.md", "docs/training.md", "docs/plugins.md"])
 def test_python_in_the_pages_runs(page: str, tmp_path, monkeypatch) -> None:
     text = (ROOT / page).read_text()
     monkeypatch.chdir(tmp_path)

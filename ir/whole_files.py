@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import secrets
 import stat
 from collections.abc import Callable
+from types import ModuleType
 from typing import IO
 
+fcntl: ModuleType | None
 try:
-    import fcntl
+    fcntl = importlib.import_module("fcntl")
 except ImportError:  # Windows: leftovers of killed runs stay there
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 _TEMPORARY = re.compile(r"\.effic-[0-9a-f]{16}\.tmp")
 

@@ -516,9 +516,7 @@ def test_weights_of_loops_and_branches_are_refused() -> None:
 
 # Dynamo makes one of torch's own objects in a way that torch warns about.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "recipe", [SRSTE(), BDWP(2, 4), MaskLLM(steps=4)], ids=lambda r: type(r).__name__
-)
+@pytest.mark.parametrize("recipe", [SRSTE(), BDWP(2, 4), MaskLLM(steps=4)], ids=lambda r: type(r).__name__)
 def test_compiled_modules_compute_the_same(recipe: Recipe) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))

@@ -616,7 +616,9 @@ def test_rows_decode_as_the_whole_does(
 def statistics(x: np.ndarray, sketch: np.ndarray | None) -> SiteStatistics:
     moment = (x.T @ x / len(x))[None].astype(np.float32)
     flat = np.abs(x).mean(axis=0)
-    return SiteStatistics(len(x), None if sketch is not None else moment, sketch, flat, flat, flat, flat, flat)
+    return SiteStatistics(
+        len(x), None if sketch is not None else moment, sketch, flat, flat, flat, flat, flat
+    )
 
 
 @pytest.mark.parametrize("in_axis", [0, 1])

@@ -82,7 +82,9 @@ def test_stories_score_the_same(
 
 def test_resnet20_in_integers(data_dir: Path, tmp_path: Path) -> None:
     source = data_dir / "onnx" / "resnet20_cifar.onnx"
-    passes = "eliminate-identities,fuse-conv-bn,fold-constants,eliminate-dead-code,prune-magnitude,quantize-int8"
+    passes = (
+        "eliminate-identities,fuse-conv-bn,fold-constants,eliminate-dead-code,prune-magnitude,quantize-int8"
+    )
     with np.load(data_dir / "cifar10" / "calib_lossless.npz") as arrays:
         images = arrays[next(key for key in arrays if arrays[key].ndim == 4)][:32]
     x = images if images.shape[1] == 3 else images.transpose(0, 3, 1, 2)

@@ -29,7 +29,7 @@ from benchmarks.conv_bn_modes import deployed
 from benchmarks.harness import data_folder, machine, table
 from effic.ir.evaluate import start_session
 
-EPOCHS, SEEDS, BATCH, RATE = 3, (0, 1, 2), 50, 0.005
+EPOCHS, SEEDS, BATCH, RATE = 3, (0, 1, 2), 50, 0.001
 CLEAN = "eliminate-identities,fold-constants,fuse-conv-bn,eliminate-dead-code"
 
 
@@ -42,11 +42,11 @@ def augmented(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
 
 
-def train(module: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, seed: int) -> float:
+def train(module: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, seed: int, rate: float) -> float:
     """Train in place, norms in eval mode; returns the CPU seconds."""
     module.eval()
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(module.parameters(), lr=rate, momentum=0.9)
     began = time.process_time()
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=generator).split(BATCH):
@@ -76,7 +76,7 @@ def scores(module: nn.Module, x: torch.Tensor, labels: np.ndarray, path: Path) -
     return top1(want, labels), top1(got, labels), norms
 
 
-def main(epochs: int = EPOCHS, seeds: Sequence[int] = SEEDS) -> None:
+def main(epochs: int = EPOCHS, seeds: Sequence[int] = SEEDS, rate: float = RATE) -> None:
     """Print the table."""
     data = data_folder()
     if data is None:
@@ -99,7 +99,7 @@ def main(epochs: int = EPOCHS, seeds: Sequence[int] = SEEDS) -> None:
             found, seconds, left = [], [], 0
             for seed in seeds:
                 module = make(start)
-                seconds.append(train(module, x, y, epochs, seed))
+                seconds.append(train(module, x, y, epochs, seed, rate))
                 *result, left = scores(module, test, truth, Path(folder, f"{mode[:4]}{seed}.onnx"))
                 found.append(result)
             columns = list(zip(*found, strict=True))
@@ -114,7 +114,7 @@ def main(epochs: int = EPOCHS, seeds: Sequence[int] = SEEDS) -> None:
         "CPU time",
         "norms left in the file",
     )
-    title = f"ResNet-20 fine-tuned on 1000 JPEG images, {epochs} epochs, 5000 test images"
+    title = f"ResNet-20 fine-tuned on 1000 JPEG images, {epochs} epochs at rate {rate:g}, 5000 test images"
     table(title, head, rows)
 
 
@@ -126,10 +126,11 @@ def _tuned(module: nn.Module) -> nn.Module:
 
 @click.command()
 @click.option("--epochs", default=EPOCHS, show_default=True)
+@click.option("--rate", default=RATE, show_default=True, help="learning rate of SGD with momentum 0.9")
 @click.option("--seed", "seeds", multiple=True, type=int, help=f"default: {', '.join(map(str, SEEDS))}")
-def command(epochs: int, seeds: tuple[int, ...]) -> None:
+def command(epochs: int, rate: float, seeds: tuple[int, ...]) -> None:
     """The benchmark as a command."""
-    main(epochs, seeds or SEEDS)
+    main(epochs, seeds or SEEDS, rate)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def repository(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def run(*options: str) -> Result:
-    return CliRunner().invoke(main, ["gate", *options], catch_exceptions=False)
+    return CliRunner().invoke(main, ["gate", *options], catch_exceptions=False, env={"COLUMNS": "200"})
 
 
 def verdicts(*options: str) -> dict[str, dict[str, Any]]:

@@ -122,7 +122,8 @@ def test_on_the_real_clock(tmp_path: Path) -> None:
     args = ("--passes", f"fuse-conv-bn,{RTN}", "--lower", "decode=call", "--keep-if-faster", "-o", str(out))
     code, text = run(*args)
     assert code == 0
-    assert "left Conv alone" in text.replace("\n", " ")
+    # Whether the Gemm weights stay is within the noise of a busy machine.
+    assert "slower on ort-cpu" in text
     assert "speed: " in text
     left = {s.kind for s in weight_sites(effic.read_onnx(out)) if s.encoding is not None}
     assert "Conv" not in left

@@ -16,10 +16,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import importlib
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +28,7 @@ from effic.ir.errors import MissingExtraError, UsageError
 from effic.ir.model import Model
 from effic.passes.calibration_data import DEFAULT_WINDOW, ModelInput, fit_feed, model_inputs
 from effic.passes.calibration_files import SUFFIXES, read_arrays
+from effic.passes.named_function import named_function
 
 Arrays = dict[str, np.ndarray]
 Kind = Literal["samples", "tokens", "pairs"]
@@ -197,7 +196,7 @@ def _from_text(
     if not os.path.exists(text):
         module, colon, name = text.partition(":")
         if colon and all(part.isidentifier() for part in [*module.split("."), name]):
-            return _from_objects(_function(text), inputs, text)
+            return _from_objects(named_function(text, "the data"), inputs, text)
         raise UsageError(
             f"the data {text} do not exist; give a file ({', '.join(SUFFIXES)}, .tsv), a folder of images by "
             "label, or package.module:function"
@@ -307,20 +306,6 @@ def _windows(
 
 
 # -- objects --------------------------------------------------------------------------------------
-
-
-def _function(text: str) -> Callable[[], Any]:
-    module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())  # the installed command does not look there by itself
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"the data {text} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise UsageError(f"the data {text} are no function")
-    return found  # type: ignore[no-any-return]
 
 
 def _from_objects(source: Any, inputs: list[ModelInput], where: str) -> MetricData:

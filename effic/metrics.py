@@ -11,9 +11,7 @@ import abc
 import dataclasses
 import importlib
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -24,6 +22,7 @@ from effic.ir.errors import NotMeasuredError, UsageError
 from effic.metric_data import Arrays, Batch, MetricData
 from effic.passes import near
 from effic.passes.base import option, option_problem, options_of
+from effic.passes.named_function import named_function
 from effic.passes.spec import build, option_text, parse_one
 
 Run = Callable[[Mapping[str, np.ndarray]], Arrays]
@@ -252,7 +251,7 @@ def get_metric(text: str) -> Metric:
         UsageError: no such metric (the nearest is proposed), option or function.
     """
     if _FUNCTION.fullmatch(text.strip()):
-        return Function(where=text.strip(), call=_imported(text.strip()))
+        return Function(where=text.strip(), call=named_function(text.strip(), "the metric"))
     if not text.strip():
         raise UsageError(f"the metric is empty (metrics: {', '.join(METRICS)}, or package.module:function)")
     name, at, options = parse_one(text)
@@ -264,20 +263,6 @@ def get_metric(text: str) -> Metric:
     module, _, attribute = METRICS[name].partition(":")
     found: type[Metric] = getattr(importlib.import_module(module), attribute)
     return build(found, name, options, text, at)
-
-
-def _imported(text: str) -> Callable[[Run, MetricData | None], float]:
-    module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())  # the installed command does not look there by itself
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"the metric {text} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise UsageError(f"the metric {text} is no function")
-    return found  # type: ignore[no-any-return]
 
 
 class Reference:

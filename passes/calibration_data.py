@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import itertools
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ import onnx_ir as ir
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.passes.calibration_files import SUFFIXES, read_arrays
+from effic.passes.named_function import named_function
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
@@ -160,7 +159,7 @@ def _from_text(text: str, inputs: list[ModelInput], samples: int, window: int | 
     if os.path.exists(text):
         return _cut(read_arrays(text), inputs, window, os.path.basename(text))
     if _FUNCTION.fullmatch(text):
-        return _from_iterable(_function(text), text, samples, window)
+        return _from_iterable(named_function(text, "the calibration function"), text, samples, window)
     raise UsageError(
         f"the calibration data {text} do not exist; give a file ({', '.join(SUFFIXES)}), a folder of them, "
         f"package.module:function, or '{RANDOM}' for made-up data"
@@ -184,20 +183,6 @@ def _from_folder(folder: str, inputs: list[ModelInput], window: int | None) -> _
         return raw.read(inside)
 
     return _Raw(os.path.basename(os.path.abspath(folder)), len(places), read)
-
-
-def _function(text: str) -> Callable[[], Any]:
-    module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())  # the installed command does not look there by itself
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"the calibration function {text} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise UsageError(f"the calibration source {text} is no function")
-    return found  # type: ignore[no-any-return]
 
 
 def _from_iterable(feeds: Any, source: str, samples: int, window: int | None) -> _Raw:

@@ -3,101 +3,26 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import logging
-import pickle
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
-from effic.ir.errors import CaptureError, InvalidModelError, MissingExtraError, UsageError
+from effic.ir.errors import CaptureError, MissingExtraError, UsageError
 from effic.ir.evaluate import Oracle
 from effic.ir.model import Model
-from effic.ir.torch_archive import _is_size
 from effic.ir.torch_capture import ALIASES_KEY, MODULE_KEY, capture, load_factory
+from tests.ir.torch_nets import Cnn, Decoder, assert_same, run
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 nn = torch.nn
+
 F = torch.nn.functional
-
-
-def run(model: Model, *arrays: object) -> list[np.ndarray]:
-    """Outputs by ONNX Runtime with every optimisation off."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(ir.to_proto(model.ir).SerializeToString(), options)
-    feeds = {i.name: np.asarray(a) for i, a in zip(session.get_inputs(), arrays, strict=True)}
-    return session.run(None, feeds)
-
-
-def assert_same(model: Model, module, *tensors, tolerance: float = 1e-5) -> None:
-    with torch.no_grad():
-        want = module(*tensors)
-    wants = [want] if isinstance(want, torch.Tensor) else list(want)
-    gots = run(model, *[t.numpy() for t in tensors])
-    assert len(wants) == len(gots)
-    for w, g in zip(wants, gots, strict=True):
-        assert w.shape == g.shape
-        np.testing.assert_allclose(g, w.numpy(), rtol=tolerance, atol=tolerance)
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return F.relu(x + self.bn2(self.depthwise(F.relu(self.bn(self.conv(x))))))
-
-
-class Cnn(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.blocks = nn.Sequential(Block(8), Block(8))
-        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2, bias=False)
-        self.head = nn.Linear(4, 5)
-        for norm in self.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.running_mean.normal_()
-                norm.running_var.uniform_(0.5, 2)
-                norm.weight.data.uniform_(0.5, 2)
-                norm.bias.data.normal_()
-
-    def forward(self, image):
-        x = self.up(self.blocks(self.stem(image)))
-        return self.head(F.dropout(x, 0.5, self.training).mean((2, 3)))
-
-
-class Decoder(nn.Module):
-    """A transformer whose output weight is its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.embed = nn.Embedding(32, 16)
-        self.layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0.1, activation="gelu")
-        self.norm = nn.LayerNorm(16)
-        self.output = nn.Linear(16, 32, bias=False)
-        self.output.weight = self.embed.weight
-        self.register_buffer("scale", torch.tensor(3.0))
-        self.register_buffer("offset", torch.arange(16.0), persistent=False)
-
-    def forward(self, ids):
-        x = self.embed(ids) * self.scale + self.offset
-        return self.output(self.norm(self.layer(x)))
 
 
 @pytest.fixture(scope="module")
@@ -476,134 +401,6 @@ def test_without_onnxscript_the_extra_is_named(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"'onnxscript', which .* pip install 'effic\[torch\]'"):
         capture(nn.Linear(2, 2), torch.randn(1, 2))
-
-
-# -- .pt2 files --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pt2") / "decoder.pt2"
-    dims = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=64)}}
-    program = torch.export.export(Decoder().eval(), (torch.randint(0, 32, (2, 6)),), dynamic_shapes=dims)
-    torch.export.save(program, path)
-    return path
-
-
-def test_pt2_files(archive: Path) -> None:
-    model = capture(archive)
-    assert model.origin.path == str(archive)
-    assert len(model.origin.sha256) == 64
-    assert "output.weight" not in model.graph.initializers
-    assert_same(model, Decoder().eval(), torch.randint(0, 32, (3, 9)))
-
-
-def rewritten(archive: Path, target: Path, **changes: object) -> Path:
-    """A copy with records replaced: a name ending, and bytes or a function of the text."""
-    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(target, "w") as made:
-        root = source.namelist()[0].split("/", 1)[0]
-        left = dict(changes)
-        for name in source.namelist():
-            data = source.read(name)
-            for ending in list(left):
-                if name.endswith(ending):
-                    change = left.pop(ending)
-                    data = change if isinstance(change, bytes) else change(data.decode()).encode()
-            made.writestr(name, data)
-        for name, data in left.items():
-            made.writestr(name if name.startswith("/") else f"{root}/{name}", data)
-    return target
-
-
-class Bomb:
-    def __reduce__(self):
-        return (pytest.fail, ("the file's code was run",))
-
-
-def pickled() -> bytes:
-    stream = io.BytesIO()
-    torch.save(((torch.zeros(1), Bomb()), {}), stream)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("changes", "pattern"),
-    [
-        ({"sample_inputs/model.pt": pickled}, "pickled objects that are not tensors"),
-        ({"data/weights/model.pt": pickled}, "pickled objects that are not tensors"),
-        (
-            {"weights_config.json": lambda t: t.replace('"use_pickle": false', '"use_pickle": true', 1)},
-            "is a pickled Python object",
-        ),
-        ({"data/aotinductor/model/x.so": b"\x7fELF"}, "may be code"),
-        ({"data/constants/opaque_obj_0": pickle.dumps(1), "serialized_state_dict.pt": b""}, "may be code"),
-        (
-            {"models/model.json": lambda t: t.replace("torch.ops.aten.add.Tensor", "torch.os.system", 1)},
-            "calls 'torch.os.system'",
-        ),
-        (
-            {
-                "models/model.json": lambda t: t.replace(
-                    "torch.ops.aten.add.Tensor", "torch.ops.load_library", 1
-                )
-            },
-            "no registered torch operator",
-        ),
-        (
-            {"models/model.json": lambda t: t.replace("Symbol(", "__import__(", 1)},
-            "no arithmetic",
-        ),
-        (
-            {"models/model.json": lambda t: t.replace('\\"context\\": \\"null\\"', '\\"__enum__\\": 1', 1)},
-            "names a Python class",
-        ),
-        ({"models/other.json": b"{}"}, "exactly one program"),
-        ({"models/model.json": b"{"}, "broken .pt2"),
-    ],
-)
-def test_pt2_files_that_would_run_something(
-    archive: Path, tmp_path: Path, changes: dict, pattern: str
-) -> None:
-    ready = {name: change() if change is pickled else change for name, change in changes.items()}
-    with pytest.raises(InvalidModelError, match=pattern):
-        capture(rewritten(archive, tmp_path / "bad.pt2", **ready))
-
-
-def test_files_that_are_no_pt2(tmp_path: Path, archive: Path) -> None:
-    with pytest.raises(UsageError, match="no file"):
-        capture(tmp_path / "absent.pt2")
-    with pytest.raises(UsageError, match=r"not a \.pt2"):
-        capture(tmp_path / "weights.pth")
-    (tmp_path / "text.pt2").write_text("hello")
-    with pytest.raises(InvalidModelError, match=r"not a \.pt2 archive"):
-        capture(tmp_path / "text.pt2")
-    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as made:
-        made.writestr("version", "8.1")
-        made.writestr("serialized_state_dict.pt", pickled())
-    with pytest.raises(InvalidModelError, match=r"old\.pt2"):
-        capture(tmp_path / "old.pt2")
-    data = archive.read_bytes()
-    (tmp_path / "cut.pt2").write_bytes(data[: len(data) // 2])
-    with pytest.raises(InvalidModelError):
-        capture(tmp_path / "cut.pt2")
-
-
-@pytest.mark.parametrize(
-    ("text", "good"),
-    [
-        ("Symbol('s77', positive=True, integer=True)", True),
-        ("Mul(Integer(8), Pow(Symbol('s27'), Integer(2)))", True),
-        ("Max(1, s0) + 2*s1//3", True),
-        ("__import__('os').system('id')", False),
-        ("Mul('__import__(\"os\")')", False),
-        ("Symbol.__class__", False),
-        ("[s0 for s0 in (1,)]", False),
-        ("exec('x')", False),
-        ("(", False),
-    ],
-)
-def test_sizes_are_arithmetic_only(text: str, good: bool) -> None:
-    assert _is_size(text) is good
 
 
 # -- factories ---------------------------------------------------------------------------------------

@@ -1,0 +1,301 @@
+"""What a converter of one operator works on: the values so far, the function's parameters, the kernels.
+
+A converter is a function ``(lowering, node) -> None``. It reads the node's inputs with
+:meth:`Lowering.value`, emits Relax, and hands every output that is read to :meth:`Lowering.set`. What it
+cannot hold it refuses with :meth:`Lowering.refuse`; then nothing is built and the node is named.
+
+Shapes are those of the Relax expressions (``value(v).ty``); they are static unless the model's first
+dimension was left open.
+
+Two layouts exist. *Plain* is ONNX's own. *Blocked* is for images between convolutions: ``[N, ceil(C /
+16), H, W, 16]``, channels past C are zero. A value may have either or both; the other is made where
+a reader asks for it, see :mod:`effic.backends.tvm.layout`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax, tirx
+
+from effic.backends.tvm import layout
+from effic.backends.tvm.cpu import Cpu
+from effic.ir.errors import UnsupportedError
+from effic.ir.model import Model, constant_tensor, describe
+from effic.ir.tensors import borrow
+
+Converter = Callable[["Lowering", ir.Node], None]
+
+MAX_CONSTANT = 64
+"""Constants of up to so many elements (axes, shapes, factors) are part of the code; longer ones are
+parameters of the function."""
+
+# An opaque kernel is never fused with its neighbours.
+_OPAQUE = 8
+
+
+class KernelSpec(Protocol):
+    """What a family of kernels gives: a frozen value that names and makes one function."""
+
+    @property
+    def name(self) -> str:
+        """A name that differs between specs that differ."""
+
+    def prim_func(self, cpu: Cpu) -> Any:
+        """The scheduled ``tvm.tirx.PrimFunc``: inputs in order, then the output."""
+
+
+class Shared:
+    """What the functions of all buckets have in common: parameters and kernels.
+
+    Attributes:
+        arrays: parameters by the name they are stored under, C-contiguous. A weight that is stored as
+            it is stays in its file (a memory map) until somebody reads it.
+        kernels: functions of kernels in the module, by name of their spec.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        self.kernels: dict[str, Any] = {}
+        self._names: dict[object, list[str]] = {}
+
+    def names(self, key: object, name: str, make: Callable[[], Sequence[np.ndarray]]) -> list[str]:
+        """The names under which the arrays of ``key`` are kept; they are made when first asked for."""
+        if key not in self._names:
+            arrays = list(make())
+            wanted = [name] if len(arrays) == 1 else [f"{name}.{i}" for i in range(len(arrays))]
+            self._names[key] = [self._add(one, array) for one, array in zip(wanted, arrays, strict=True)]
+        return self._names[key]
+
+    def _add(self, base: str, array: np.ndarray) -> str:
+        name, number = base, 0
+        while name in self.arrays:
+            number += 1
+            name = f"{base}_{number}"
+        self.arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
+        return name
+
+
+class Lowering:
+    """One Relax function under construction: the main graph at one set of input shapes.
+
+    Attributes:
+        model: the specialized model (shapes pinned, constants folded).
+        bb: the ``relax.BlockBuilder``, inside a dataflow block of the function.
+        cpu: what kernels are made for; None for a GPU.
+        opset: version of the standard operators.
+        options: options of the target that converters may heed (``activations``), by name.
+        shared: parameters and kernels of all functions of the module.
+        variables: the parameters that this function takes, by name, in the order of its arguments.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        bb: relax.BlockBuilder,
+        cpu: Cpu | None,
+        shared: Shared,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.bb, self.cpu = model, bb, cpu
+        self.opset = model.opset
+        self.options = dict(options or {})
+        self.shared = shared
+        self.variables: dict[str, Any] = {}
+        self._plain: dict[ir.Value, Any] = {}
+        self._blocked: dict[ir.Value, tuple[Any, int]] = {}
+        self._names: set[str] = set()
+
+    # -- values ----------------------------------------------------------------------------------
+
+    def value(self, value: ir.Value | None) -> Any:
+        """The Relax expression of a value in plain layout.
+
+        Constants become ``relax.const`` when short (see :data:`MAX_CONSTANT`), else parameters; a value
+        that is only there in blocked layout is converted, once.
+        """
+        assert value is not None, "a converter asks for an input it has not looked for"
+        if value not in self._plain:
+            if value in self._blocked:
+                expression, channels = self._blocked[value]
+                self._plain[value] = layout.to_plain(self.bb, expression, channels)
+            else:
+                self._plain[value] = self._constant(value)
+        return self._plain[value]
+
+    plain = value
+
+    def optional(self, node: ir.Node, index: int) -> Any | None:
+        """The input at ``index``, None when it is left out or past the end."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        return None if value is None else self.value(value)
+
+    def set(self, value: ir.Value, expression: Any) -> None:
+        """What an output became, in plain layout; an expression that is no variable is emitted."""
+        if not isinstance(expression, (relax.Var, relax.GenericConst)):
+            expression = self.bb.emit(expression)
+        self._plain[value] = expression
+
+    def blocked(self, value: ir.Value) -> Any:
+        """The value in blocked layout ``[N, ceil(C / 16), H, W, 16]``, converted once if need be."""
+        if value not in self._blocked:
+            expression = self.value(value)
+            channels = self.shape(value)[1]
+            if not isinstance(channels, int):
+                raise UnsupportedError(f"the channels of '{value.name}' are not known; pin them with shapes")
+            self._blocked[value] = (layout.to_blocked(self.bb, expression), channels)
+        return self._blocked[value][0]
+
+    def set_blocked(self, value: ir.Value, expression: Any, channels: int) -> None:
+        """What an output became, in blocked layout, with ``channels`` real channels."""
+        if not isinstance(expression, relax.Var):
+            expression = self.bb.emit(expression)
+        self._blocked[value] = (expression, channels)
+
+    def is_blocked(self, value: ir.Value | None) -> bool:
+        """Whether the value is there in blocked layout already."""
+        return value in self._blocked
+
+    def shape(self, value: ir.Value) -> tuple[Any, ...]:
+        """Sizes in plain layout: ints, and ``tirx`` expressions where a dimension was left open."""
+        if value not in self._plain and value in self._blocked:
+            expression, channels = self._blocked[value]
+            n, _, h, w, _ = shape_of(expression)
+            return (n, channels, h, w)
+        return shape_of(self.value(value))
+
+    def is_constant(self, value: ir.Value | None) -> bool:
+        """Whether a value is a constant of the model, of any size."""
+        return constant_tensor(value) is not None
+
+    def array(self, value: ir.Value | None) -> np.ndarray | None:
+        """A constant as an array of its own (for what is packed or read at build), None otherwise."""
+        tensor = constant_tensor(value)
+        if tensor is None:
+            return None
+        with borrow(tensor) as array:
+            return np.array(array)
+
+    # -- emitting --------------------------------------------------------------------------------
+
+    def emit(self, expression: Any) -> Any:
+        """Bind an expression to a variable."""
+        return self.bb.emit(expression)
+
+    def weight(self, key: object, name: str, make: Callable[[], np.ndarray]) -> Any:
+        """A parameter of the function that holds an array: a weight, a scale, a bias.
+
+        Args:
+            key: what the array is made of and how (hashable, for instance ``(weight's name, spec)``);
+                the array of a key is made once, buckets share it.
+            name: the name to store it under.
+            make: makes the array. NumPy's own types only; codes below 8 bits are packed in integers.
+
+        Returns:
+            The variable.
+        """
+        return self.weights(key, name, lambda: [make()])[0]
+
+    def weights(self, key: object, name: str, make: Callable[[], Sequence[np.ndarray]]) -> list[Any]:
+        """Parameters for all the arrays of ``spec.pack(…)``; see :meth:`weight`."""
+        found = []
+        for stored in self.shared.names(key, name, make):
+            if stored not in self.variables:
+                array = self.shared.arrays[stored]
+                kind = relax.TensorType(array.shape, str(array.dtype))
+                self.variables[stored] = relax.Var(self.identifier(stored), kind)
+            found.append(self.variables[stored])
+        return found
+
+    def call(self, spec: KernelSpec, arguments: Sequence[Any], shape: Sequence[Any], dtype: str) -> Any:
+        """Call a kernel: ``arguments`` in the order of its inputs, one output of ``shape``.
+
+        The function is added to the module once per spec. It is opaque: nothing is fused into it.
+        """
+        assert self.cpu is not None, "the kernels of a GPU are called by other means"
+        found = self.shared.kernels.get(spec.name)
+        if found is None:
+            function = spec.prim_func(self.cpu).with_attr("op_pattern", _OPAQUE)
+            found = self.shared.kernels[spec.name] = self.bb.add_func(function, spec.name)
+        out = relax.TensorType(tuple(shape), dtype)
+        return self.bb.emit(relax.call_tir(found, list(arguments), out))
+
+    def refuse(self, node: ir.Node, reason: str) -> NoReturn:
+        """Stop: this node cannot be lowered, because ``reason`` (a phrase: "has string inputs")."""
+        raise UnsupportedError(f"{describe(node)} {reason}")
+
+    # -- the builder's own -----------------------------------------------------------------------
+
+    def identifier(self, name: str) -> str:
+        """A variable's name for a name of the model's, not taken yet in this function."""
+        base = re.sub(r"\W", "_", name, flags=re.ASCII) or "x"
+        base = base if not base[0].isdigit() else f"_{base}"
+        free, number = base, 0
+        while free in self._names:
+            number += 1
+            free = f"{base}_{number}"
+        self._names.add(free)
+        return free
+
+    def _constant(self, value: ir.Value) -> Any:
+        tensor = constant_tensor(value)
+        if tensor is None:
+            raise UnsupportedError(f"the value '{value.name}' is read before anything has made it")
+        if (reason := why_no_type(tensor.dtype)) is not None:
+            raise UnsupportedError(f"the constant '{value.name}' {reason}")
+        if tensor.size <= MAX_CONSTANT:
+            return relax.const(np.array(tensor.numpy()))
+        name = value.name or "constant"
+        # Mapped, not copied: what is large stays in its file until it is saved or run.
+        return self.weight(("plain", name), name, lambda: np.asarray(tensor.numpy()))
+
+
+_TYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.DOUBLE: "float64",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BOOL: "bool",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT16: "int16",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
+    ir.DataType.UINT16: "uint16",
+    ir.DataType.UINT32: "uint32",
+    ir.DataType.UINT64: "uint64",
+}
+
+
+def why_no_type(dtype: ir.DataType | None) -> str | None:
+    """Why a tensor of this type cannot be held, a phrase; None where it can."""
+    if dtype is None:
+        return "has an unknown element type"
+    return None if dtype in _TYPES else f"is of type {dtype.name}, which this target does not compute with"
+
+
+def relax_dtype(dtype: ir.DataType) -> str:
+    """TVM's name of an element type; see :func:`why_no_type`."""
+    return _TYPES[dtype]
+
+
+def shape_of(expression: Any) -> tuple[Any, ...]:
+    """Sizes of a Relax expression: ints, and ``tirx`` expressions where a dimension is open.
+
+    Raises:
+        UnsupportedError: not even the number of axes is known.
+    """
+    shape = getattr(expression.ty, "shape", None)
+    if shape is None or not isinstance(shape, relax.ShapeExpr):
+        raise UnsupportedError(
+            "a shape depends on the values of the inputs, which kernels cannot be made for"
+        )
+    return tuple(int(d) if isinstance(d, tirx.IntImm) else d for d in shape.values)
+
+
+def dtype_of(expression: Any) -> str:
+    """TVM's name of an expression's element type."""
+    return str(expression.ty.dtype)

@@ -1,0 +1,26 @@
+"""The table of effic's own converters: operator -> ``module:function`` in this folder.
+
+What is not here goes through the converters of TVM's ONNX importer, see
+:mod:`effic.backends.tvm.private_api`. A converter raises
+:class:`effic.ir.errors.UnsupportedError` (best by ``Lowering.refuse``) for what it cannot hold.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from effic.backends.tvm.lowering import Converter
+
+CONVERTERS: dict[str, str] = {}
+"""By operator; those of other domains as ``domain::operator``."""
+
+
+def find_converter(key: str) -> Converter | None:
+    """effic's own converter of an operator, None where there is none."""
+    if key not in CONVERTERS:
+        return None
+    module, _, name = CONVERTERS[key].partition(":")
+    found: Converter = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return found

@@ -1,0 +1,1 @@
+"""Passes that schedule what legalized operators become: nothing is left as naive loops."""

@@ -5,53 +5,16 @@ from __future__ import annotations
 import abc
 import inspect
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
+from effic.backends.artifact import Arrays, Artifact
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.passes.base import Remarks, option_problem, options_of
 from effic.passes.spec import option_text
 
-Arrays = dict[str, np.ndarray]
-
-
-class Artifact(abc.ABC):
-    """A lowered model in a file, ready to run.
-
-    Attributes:
-        path: the file.
-        threads: how many threads one operator may use.
-    """
-
-    path: str
-    threads: int
-
-    @classmethod
-    @abc.abstractmethod
-    def load(cls, path: str | os.PathLike[str], *, threads: int = 1) -> Artifact:
-        """Open a file.
-
-        Raises:
-            EfficError: one sentence with the runtime's reason.
-        """
-
-    @abc.abstractmethod
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Copy the artifact, weights included, to another place."""
-
-    @abc.abstractmethod
-    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        """Outputs by name for inputs by name."""
-
-    @abc.abstractmethod
-    def time(
-        self, inputs: Mapping[str, np.ndarray], *, repeats: int = 20, warmup: int = 2, batch: int = 1
-    ) -> list[float]:
-        """Seconds of one run, ``repeats`` times, each the mean of ``batch`` runs."""
+__all__ = ["Arrays", "Artifact", "Backend"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import stat
 import numpy as np
 import onnx_ir as ir
 
-from effic.ir.mapped import FileMap, MappedTensor
+from effic.ir.file_map import FileMap
+from effic.ir.mapped import MappedTensor
 
 # Each open file costs two descriptors, of which a process often has 1,024. Models saved with one
 # file per tensor keep onnx_ir's tensors, which open their file when they are read.

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.external_files import DataFiles, ExternalDataError
-from effic.ir.mapped import FileMap
+from effic.ir.file_map import FileMap
 from effic.ir.model import Model, Origin, optional_inputs
 from effic.ir.onnx_checks import Limits, check_model, printable
 from effic.ir.onnx_writer import model_bytes, to_proto, write_onnx

@@ -14,7 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from effic.ir.errors import UnsupportedError, UsageError
-from effic.ir.mapped import FileMap, MappedTensor
+from effic.ir.file_map import FileMap
+from effic.ir.mapped import MappedTensor
 from effic.ir.model import Model
 from effic.ir.protobuf_scan import field_header, skeleton
 from effic.ir.tensors import drop_pages

@@ -12,16 +12,17 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 
 from effic.ir.errors import InvalidModelError, UsageError
-from effic.ir.mapped import FileMap
-from effic.ir.tensors import drop_pages
+from effic.ir.file_map import FileMap
 from effic.ir.whole_files import WholeFiles
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -176,6 +177,11 @@ def write_safetensors(
 
 
 def _stream(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
+    # Only who has such tensors has onnx_ir: an artifact's parameters are read without it.
+    import onnx_ir as ir
+
+    from effic.ir.tensors import drop_pages
+
     if isinstance(tensor, ir.ExternalTensor):
         tensor.tofile(file)
         drop_pages(tensor)

@@ -201,6 +201,8 @@ def _print_broken(verdict: Verdict, report: GateReport, why: bool) -> None:
         sign = "+" if verdict.grown else ""
         for mover in verdict.movers:
             console.print_result(f"    {_mover(mover, sign, text, why)}")
+            if why:
+                console.print_result(*(f"{'':16}{line}" for line in mover.said))
         if verdict.others:
             console.print_result(f"    {sign + text(verdict.others):>10}  the rest")
         if verdict.grown and verdict.shrunk:

@@ -204,7 +204,7 @@ class _Run:
             budget.key,
             "broken",
             *common,
-            movers=tuple(movers[: self.top]),
+            movers=tuple(dataclasses.replace(m, said=_said(m, now.said)) for m in movers[: self.top]),
             grown=grown,
             others=sum(mover.grew for mover in movers[self.top :]),
             shrunk=shrunk,
@@ -348,6 +348,14 @@ def _movers(budget: Budget, now: Subject, before: Subject | None) -> tuple[list[
     shrunk = sum(max(0, figure - after.get(name, 0)) for name, figure in was.items())
     # Equal ones stay in order, which is that of their size.
     return sorted(movers, key=lambda mover: -mover.grew), True, shrunk
+
+
+def _said(mover: Mover, said: Mapping[str, list[str]]) -> tuple[str, ...]:
+    """What passes said of a tensor, of the weight whose part it is, or of the node that reads it."""
+    parts = mover.name.split(".")
+    names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    known = (said[name] for name in (*names, _bare(mover.reader or mover.name)) if name in said)
+    return tuple(dict.fromkeys(next(known, ())))
 
 
 def _pass_movers(before: list[PassBytes], now: list[PassBytes]) -> list[PassMover]:

@@ -64,6 +64,7 @@ class Subject:
         source: sha256 of the model it was built from, where a record of the build tells.
         passes: what the build did, in order.
         scores: by the metric's text.
+        said: what the build's passes said of a tensor or node, by its name; not kept in the baseline.
     """
 
     measurement: Measurement
@@ -71,6 +72,7 @@ class Subject:
     source: str | None = None
     passes: list[PassBytes] = field(default_factory=list)
     scores: dict[str, RecordedScore] = field(default_factory=dict)
+    said: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -149,30 +151,38 @@ def look_at(path: Path, components: Iterable[tuple[str, str]]) -> Subject:
     build = get_build(model)
     if build is not None and build["source"]["files"]:
         found.source = build["source"]["files"][0]["sha256"]
-    found.passes = _passes(model, path)
+    found.passes, found.said = _passes(model, path)
     return found
 
 
-def _passes(model: Model, path: Path) -> list[PassBytes]:
-    """What the build did: of the record beside the file, lowering too; else of the file's own metadata."""
+def _passes(model: Model, path: Path) -> tuple[list[PassBytes], dict[str, list[str]]]:
+    """What the build did, and said of tensors and nodes by name.
+
+    Of the record beside the file, lowering too; else of the file's own metadata, which has no remarks.
+    """
     from effic.record import file_digest, read_record, record_path
 
     own = [PassBytes(r.text.partition("{")[0], r.text, r.bytes_before, r.bytes_after) for r in model.record]
     beside = record_path(path)
     if not beside.is_file():
-        return own
+        return own, {}
     try:
         record = read_record(beside)
         files = record["output"]["files"]
         if not files or files[0]["sha256"] != file_digest(path).sha256:
-            return own  # the record of another file
-        return [
+            return own, {}  # the record of another file
+        steps = [step for step in record["measured"]["steps"] if not step.get("rolled_back")]
+        passes = [
             PassBytes(str(s["name"]), str(s["text"]), int(s["bytes_before"]), int(s["bytes_after"]))
-            for s in record["measured"]["steps"]
-            if not s.get("rolled_back")
+            for s in steps
         ]
+        said: dict[str, list[str]] = {}
+        for step in steps:
+            for remark in step.get("remarks", ()):
+                said.setdefault(str(remark["where"]), []).append(f"{step['name']}: {remark['text']}")
     except (UsageError, KeyError, TypeError, ValueError):
-        return own  # a record only explains; one that is malformed takes no verdict away
+        return own, {}  # a record only explains; one that is malformed takes no verdict away
+    return passes, said
 
 
 def read_baseline(path: Path) -> Baseline | None:

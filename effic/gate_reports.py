@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from effic.gate_config import relative_to_here
-from effic.gate_verdicts import WORDS, GateReport, Verdict, exact, headline
+from effic.gate_verdicts import WORDS, GateReport, Mover, Verdict, exact, headline
 
 _MARKS = {"ok": "✅ kept", "broken": "❌ broken", "error": "❌ failed", "unmeasured": "❌ not measured"}
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -99,7 +99,7 @@ def details(verdict: Verdict, report: GateReport) -> list[str]:
     if verdict.movers or not verdict.why:
         sign = "+" if verdict.grown else ""
         rows = [
-            (sign + exact(m.grew if verdict.grown else m.after, verdict.unit), _mover(m.name, m.reader))
+            (sign + exact(m.grew if verdict.grown else m.after, verdict.unit), _mover(m))
             for m in verdict.movers
         ]
         if verdict.others:
@@ -162,8 +162,9 @@ def _saving(saved: int) -> str:
     return f"{'took' if saved > 0 else 'added'} {exact(abs(saved), 'bytes')}{' away' if saved > 0 else ''}"
 
 
-def _mover(name: str, reader: str | None) -> str:
-    return name if reader is None else f"{reader}: {name}"
+def _mover(mover: Mover) -> str:
+    name = mover.name if mover.reader is None else f"{mover.reader}: {mover.name}"
+    return f"{name} ({'; '.join(mover.said)})" if mover.said else name
 
 
 def _xml(text: str) -> str:

@@ -31,6 +31,7 @@ class Mover:
         name: its name.
         before, after: what it contributes.
         reader: of a tensor, the node that reads it in the end, where that is known.
+        said: what passes said of it, in order, by the record of the build, where there is one.
     """
 
     kind: Literal["tensor", "node", "operator"]
@@ -38,6 +39,7 @@ class Mover:
     before: int | None
     after: int
     reader: str | None = None
+    said: tuple[str, ...] = ()
 
     @property
     def grew(self) -> int:

@@ -139,6 +139,9 @@ def test_a_layer_doubled(repository: Path) -> None:
     assert first["reader"] == "Conv '/block3/again/Conv'"
     assert first["before"] is None
     assert "Conv '/block3/again/Conv' → block3.again.weight.codes (new)" in result.stdout
+    # The record beside the model tells which passes made it so, under the weight's name.
+    assert [line.partition(":")[0] for line in first["said"]] == ["quantize-rtn", "lower"]
+    assert first["said"][1] in " ".join(result.stdout.split())
 
 
 def test_a_pass_skipped(repository: Path) -> None:

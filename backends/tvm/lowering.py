@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import onnx_ir as ir
 from tvm import relax, tirx
+from tvm.ir import GenericConst
 
 from effic.backends.tvm import layout
 from effic.backends.tvm.cpu import Cpu
@@ -36,6 +37,10 @@ parameters of the function."""
 
 # An opaque kernel is never fused with its neighbours.
 _OPAQUE = 8
+
+
+class NotLoweredError(UnsupportedError):
+    """A node reads a value that could not be lowered; the node that was to make it is blamed."""
 
 
 class KernelSpec(Protocol):
@@ -109,6 +114,7 @@ class Lowering:
         self._plain: dict[ir.Value, Any] = {}
         self._blocked: dict[ir.Value, tuple[Any, int]] = {}
         self._names: set[str] = set()
+        self._missing: set[ir.Value] = set()
 
     # -- values ----------------------------------------------------------------------------------
 
@@ -119,6 +125,8 @@ class Lowering:
         that is only there in blocked layout is converted, once.
         """
         assert value is not None, "a converter asks for an input it has not looked for"
+        if value in self._missing:
+            raise NotLoweredError(f"'{value.name}' could not be lowered")
         if value not in self._plain:
             if value in self._blocked:
                 expression, channels = self._blocked[value]
@@ -129,6 +137,17 @@ class Lowering:
 
     plain = value
 
+    def tensor(self, value: ir.Value | None) -> Any:
+        """As :meth:`value`; a shape that is known as such becomes an int64 tensor."""
+        expression = self.value(value)
+        if isinstance(expression.ty, relax.ShapeType):
+            return self.bb.emit(relax.op.shape_to_tensor(expression))
+        return expression
+
+    def give_up(self, value: ir.Value) -> None:
+        """Mark a value as one that could not be lowered: whoever reads it is not blamed."""
+        self._missing.add(value)
+
     def optional(self, node: ir.Node, index: int) -> Any | None:
         """The input at ``index``, None when it is left out or past the end."""
         value = node.inputs[index] if index < len(node.inputs) else None
@@ -136,8 +155,10 @@ class Lowering:
 
     def set(self, value: ir.Value, expression: Any) -> None:
         """What an output became, in plain layout; an expression that is no variable is emitted."""
-        if not isinstance(expression, (relax.Var, relax.GenericConst)):
+        if not isinstance(expression, (relax.Var, GenericConst)):
             expression = self.bb.emit(expression)
+        if not isinstance(expression.ty, relax.ShapeType):
+            shape_of(expression)  # raises where it depends on data
         self._plain[value] = expression
 
     def blocked(self, value: ir.Value) -> Any:

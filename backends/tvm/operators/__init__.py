@@ -11,7 +11,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from effic.backends.tvm.lowering import Converter
+    import onnx_ir as ir
+
+    from effic.backends.tvm.lowering import Converter, Lowering
 
 CONVERTERS: dict[str, str] = {}
 """By operator; those of other domains as ``domain::operator``."""
@@ -24,3 +26,16 @@ def find_converter(key: str) -> Converter | None:
     module, _, name = CONVERTERS[key].partition(":")
     found: Converter = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return found
+
+
+def through_blocked(lowering: Lowering, node: ir.Node) -> bool:
+    """Lower a node whose inputs lie in blocked layout without leaving it, where that can be done.
+
+    Returns:
+        Whether it was lowered; otherwise its converter reads plain layout.
+    """
+    if not any(lowering.is_blocked(value) for value in node.inputs):
+        return False
+    from effic.backends.tvm.operators.convolution import convert_blocked
+
+    return convert_blocked(lowering, node)

@@ -1,0 +1,365 @@
+"""From a model to a Relax module: one function per set of input shapes, weights as their parameters.
+
+Every node of the specialized model goes through a converter: effic's own
+(:mod:`effic.backends.tvm.operators`) or, where there is none, the one of TVM's ONNX importer. What no
+converter can hold is collected first, over the whole graph, and named; see
+:mod:`effic.backends.tvm.coverage`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax, tirx
+
+from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.lowering import (
+    Lowering,
+    NotLoweredError,
+    Shared,
+    dtype_of,
+    relax_dtype,
+    shape_of,
+    why_no_type,
+)
+from effic.backends.tvm.operators import find_converter, through_blocked
+from effic.backends.tvm.private_api import IMPORTER_ERRORS, convert_by_importer, importer_knows
+from effic.backends.tvm.specialize import Dims, open_dims, parse_shapes, specialize
+from effic.ir.errors import UnsupportedError, UsageError
+from effic.ir.evaluate import first_line
+from effic.ir.model import ONNX_DOMAINS, Model
+
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """A node that the target cannot run.
+
+    Attributes:
+        node: its name, or its first output's.
+        op: its operator, with the domain where that is not ONNX's.
+        reason: why, a phrase without a full stop.
+    """
+
+    node: str
+    op: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op} '{self.node}': {self.reason}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that goes in or comes out: its name in the model, type as NumPy names it, and sizes.
+
+    An open dimension is a string, equal strings are equal sizes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One function of the module.
+
+    Attributes:
+        function: its name: ``main_0``, ``main_1`` …
+        inputs: its first arguments.
+        parameters: names of the arrays it takes after them.
+        outputs: what it returns: one tensor, or a tuple of several (or of none).
+    """
+
+    function: str
+    inputs: tuple[TensorSpec, ...]
+    parameters: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the functions of a module are called."""
+
+    buckets: tuple[Bucket, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Signature:
+        """The inverse of :meth:`to_dict`, tuples or lists alike."""
+
+        def tensors(rows: Any) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
+
+        return cls(
+            tuple(
+                Bucket(b["function"], tensors(b["inputs"]), tuple(b["parameters"]), tensors(b["outputs"]))
+                for b in data["buckets"]
+            )
+        )
+
+
+def build_relax(
+    model: Model, cpu: Cpu | None, shapes: str = "", options: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[str, np.ndarray], Signature]:
+    """Lower a model to Relax.
+
+    Args:
+        model: in canonical form; it is not changed.
+        cpu: what kernels are made for; None leaves them out (for a GPU).
+        shapes: the buckets, ``batch=1,seq=64;batch=8,seq=64``; see :func:`buckets_of`.
+        options: options of the target that converters heed, by name (``activations``).
+
+    Returns:
+        The ``tvm.IRModule``; the parameters by name, C-contiguous, weights that are stored as they are
+        mapped from their file; and how the functions are called.
+
+    Raises:
+        UnsupportedError: nodes that cannot be lowered, named.
+        UsageError: sizes of open dimensions are missing, or name none.
+    """
+    bb, shared, buckets = relax.BlockBuilder(), Shared(), []
+    for number, dims in enumerate(buckets_of(model, cpu, shapes, options)):
+        special = specialize(model, dims)
+        function = _Function(special, bb, cpu, shared, options)
+        bucket, uncovered = function.build(f"main_{number}")
+        refuse_uncovered(uncovered)
+        buckets.append(bucket)
+    return bb.get(), shared.arrays, Signature(tuple(buckets))
+
+
+def buckets_of(
+    model: Model, cpu: Cpu | None, shapes: str, options: Mapping[str, Any] | None = None
+) -> list[Dims]:
+    """The sets of sizes to make functions for.
+
+    Without ``shapes`` a model whose only open dimension is the first one of its inputs keeps it open,
+    where every operator can be lowered that way.
+
+    Raises:
+        UsageError: sizes are missing; the text names the dimensions.
+    """
+    dims = open_dims(model)
+    buckets = parse_shapes(shapes)
+    if buckets:
+        for bucket in buckets:
+            if missing := [name for name in dims if name not in bucket]:
+                raise UsageError(
+                    f"shapes gives no size for {_listed(missing)}; add {missing[0]}=SIZE to each set of sizes"
+                )
+        return buckets
+    if not dims:
+        return [{}]
+    example = ",".join(f"{name}={1 if axes == {0} else 64}" for name, axes in dims.items())
+    advice = f"pin them with shapes, as in shapes={example}"
+    if len(dims) > 1 or next(iter(dims.values())) != {0}:
+        raise UsageError(f"the inputs have open dimensions, {_listed(list(dims))}; {advice}")
+    uncovered = try_bucket(model, {}, cpu, options)
+    if uncovered:
+        # Told apart: what no sizes help is refused with its own reason.
+        refuse_uncovered(try_bucket(model, dict.fromkeys(dims, 1), cpu, options))
+        raise UsageError(
+            f"the open dimension {_listed(list(dims))} cannot stay open ({uncovered[0]}); "
+            f"pin it with shapes, as in shapes={example}"
+        )
+    return [{}]
+
+
+def try_bucket(
+    model: Model, dims: Dims, cpu: Cpu | None, options: Mapping[str, Any] | None = None
+) -> list[Uncovered]:
+    """What cannot be lowered at these sizes; nothing is compiled."""
+    function = _Function(specialize(model, dims), relax.BlockBuilder(), cpu, Shared(), options)
+    return function.build("main")[1]
+
+
+def refuse_uncovered(uncovered: list[Uncovered]) -> None:
+    """Raise for nodes that cannot be lowered.
+
+    Raises:
+        UnsupportedError: there are some; the first ones are named.
+    """
+    if uncovered:
+        named = "; ".join(str(one) for one in uncovered[:_MAX_NAMED])
+        more = f"; and {len(uncovered) - _MAX_NAMED} more" if len(uncovered) > _MAX_NAMED else ""
+        raise UnsupportedError(f"TVM cannot run {named}{more}; use the target ort-cpu for this model")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+class _Function:
+    """Builds one function of the module."""
+
+    def __init__(
+        self,
+        model: Model,
+        bb: relax.BlockBuilder,
+        cpu: Cpu | None,
+        shared: Shared,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self.lowering = Lowering(model, bb, cpu, shared, dict(options or {}))
+        self.graph, self.bb = model.graph, bb
+        self.uncovered: list[Uncovered] = []
+        self._sizes: dict[str, Any] = {}
+
+    def build(self, name: str) -> tuple[Bucket, list[Uncovered]]:
+        """Emit the function; where something is uncovered, what it returns is of no use."""
+        arguments = [self._input(value) for value in self.graph.inputs]
+        inputs = [one for one in arguments if one is not None]
+        outputs: list[Any] = []
+        with self.bb.function(name):
+            with self.bb.dataflow():
+                for node in self.graph:
+                    self._convert(node)
+                for value in self.graph.outputs:
+                    outputs += self._output(value)
+                whole = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
+                result = self.bb.emit_output(whole)
+            variables = self.lowering.variables
+            self.bb.emit_func_output(result, [*inputs, *variables.values()])
+        specs = () if self.uncovered else self._specs(outputs)
+        given = [value.name or "" for value in self.graph.inputs]
+        taken = tuple(self._spec(n, v) for n, v in zip(given, arguments, strict=True) if v is not None)
+        return Bucket(name, taken, tuple(variables), specs), self.uncovered
+
+    def _input(self, value: ir.Value) -> Any | None:
+        """The argument of an input; None where it cannot be held."""
+        reason = why_no_type(value.dtype) if isinstance(value.type, ir.TensorType) else "is no tensor"
+        if reason is None and value.shape is None:
+            reason = "has an unknown number of dimensions"
+        if reason is not None:
+            self.uncovered.append(Uncovered(value.name or "?", "input", reason))
+            self.lowering.give_up(value)
+            return None
+        assert value.shape is not None
+        assert value.dtype is not None
+        shape = [d if isinstance(d, int) else self._size(str(d.value)) for d in value.shape]
+        kind = relax.TensorType(shape, relax_dtype(value.dtype))
+        variable = relax.Var(self.lowering.identifier(value.name or "x"), kind)
+        self.lowering.set(value, variable)
+        return variable
+
+    def _size(self, name: str) -> Any:
+        if name not in self._sizes:
+            self._sizes[name] = tirx.Var(self.lowering.identifier(name), "int64")
+        return self._sizes[name]
+
+    def _convert(self, node: ir.Node) -> None:
+        try:
+            convert(self.lowering, node)
+        except NotLoweredError:
+            # It reads what another node was to make: that one is blamed. Unless it has no converter itself.
+            reason = why_no_converter(node)
+        except UnsupportedError as error:
+            reason = str(error).removeprefix(f"{node.op_type} '{node.name}' ")
+        except IMPORTER_ERRORS as error:
+            reason = f"TVM's converter refuses it: {_said(error)}"
+        else:
+            return
+        for value in node.outputs:
+            self.lowering.give_up(value)
+        if reason is not None:
+            name = node.name or next((v.name for v in node.outputs if v.name), None) or "?"
+            self.uncovered.append(Uncovered(name, key_of(node), reason))
+
+    def _output(self, value: ir.Value) -> list[Any]:
+        try:
+            return [self.lowering.tensor(value)]
+        except NotLoweredError:
+            return []
+        except UnsupportedError as error:
+            self.uncovered.append(Uncovered(value.name or "?", "output", str(error)))
+            return []
+
+    def _specs(self, outputs: list[Any]) -> tuple[TensorSpec, ...]:
+        names = [value.name or "" for value in self.graph.outputs]
+        return tuple(self._spec(n, v) for n, v in zip(names, outputs, strict=True))
+
+    def _spec(self, name: str, variable: Any) -> TensorSpec:
+        names = {variable: name for name, variable in self._sizes.items()}
+        shape = tuple(d if isinstance(d, int) else names.get(d, str(d)) for d in shape_of(variable))
+        return TensorSpec(name, dtype_of(variable), shape)
+
+
+def key_of(node: ir.Node) -> str:
+    """The operator as the table of converters has it: ``Relu``, ``com.microsoft::Gelu``."""
+    return node.op_type if node.domain in ONNX_DOMAINS else f"{node.domain}::{node.op_type}"
+
+
+def why_no_converter(node: ir.Node) -> str | None:
+    """Why an operator cannot be lowered whatever it reads, or None."""
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for attribute in node.attributes.values()
+    ):
+        return "control flow stays as it is where its condition is computed; there is no lowering for it"
+    key = key_of(node)
+    if find_converter(key) is None and not importer_knows(key):
+        return "there is no converter for this operator"
+    return None
+
+
+def convert(lowering: Lowering, node: ir.Node) -> None:
+    """Lower one node.
+
+    Raises:
+        UnsupportedError: it cannot be lowered.
+        Exception: one of :data:`effic.backends.tvm.private_api.IMPORTER_ERRORS`.
+    """
+    if reason := why_no_converter(node):
+        raise UnsupportedError(reason)
+    if not node.outputs or node.op_type == "Constant":
+        return
+    if through_blocked(lowering, node):
+        return
+    own = find_converter(key_of(node))
+    if own is not None:
+        own(lowering, node)
+        return
+    by_importer(lowering, node)
+
+
+def by_importer(lowering: Lowering, node: ir.Node) -> None:
+    """Lower one node by the importer's converter."""
+    for value in node.outputs:
+        if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
+            lowering.refuse(node, "makes a sequence or an optional value")
+    reads_sizes = node.op_type in _READ_SIZES
+    inputs = [
+        None if v is None else lowering.value(v) if reads_sizes else lowering.tensor(v) for v in node.inputs
+    ]
+    results = convert_by_importer(lowering.bb, node, inputs, node.version or lowering.opset)
+    read = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
+    if any(read[len(results) :]):
+        lowering.refuse(node, f"has {len(read)} outputs, of which TVM's converter makes {len(results)}")
+    for value, result, used in zip(node.outputs, results, read, strict=False):
+        if used:
+            lowering.set(value, result)
+
+
+# Operators whose converters in the importer take a shape as it is, not only as a tensor.
+_READ_SIZES = {
+    "Cast", "CastLike", "Concat", "ConstantOfShape", "Equal", "Expand", "Gather", "Reshape", "Resize",
+    "Shape", "Slice", "Squeeze", "Where",
+}  # fmt: skip
+
+
+def _said(error: BaseException) -> str:
+    """What TVM says, without its stack of C++ frames."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # InternalError ends in what was checked; the frames come before.
+    return first_line(ValueError(lines[-1] if lines else type(error).__name__))

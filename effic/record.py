@@ -19,11 +19,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from effic import backends
+from effic import passes as all_passes
 from effic.bench import machine
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.whole_files import write_whole
 from effic.passes.pipeline import Step
+from effic.passes.plugins import plugin_packages
 
 RECORD_VERSION = 1
 SUFFIX = ".effic.json"
@@ -105,15 +108,20 @@ def record_path(output: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name.removesuffix(".onnx") + SUFFIX)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, as far as they are installed."""
+def versions(passes: Sequence[str] = (), target: str = "") -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result, as far as they are installed.
+
+    Args:
+        passes, target: text forms; the packages of those that are plug-ins decide too.
+    """
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    names = [text.partition("{")[0] for text in (*passes, target)]
+    return {**plugin_packages(all_passes.GROUP, names), **plugin_packages(backends.GROUP, names), **found}
 
 
 def put_build(model: Model, build: Mapping[str, Any]) -> None:
@@ -155,7 +163,7 @@ def build_of(
         calibration: the samples' digest, how many they are and how they were chosen, or None.
         inputs: the file of the inputs for checks, or None.
     """
-    own = versions()
+    own = versions([step.text for step in steps], target)
     return {
         "effic_build": RECORD_VERSION,
         "source": {

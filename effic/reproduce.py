@@ -108,7 +108,7 @@ def reproduce(
         now = None if report.calibration is None else report.calibration.get("digest")
         if then != now:
             raise UsageError("the calibration data are others than those of the record: their digest differs")
-        other = _other_versions(build.get("versions", {}), versions())
+        other = _other_versions(build.get("versions", {}), versions(build["passes"], build["target"]))
         differences = _differences(data, made, folder)
         if output is not None:
             _keep(made, Path(output), force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -53,6 +54,13 @@ def load_plugin(group: str, name: str, kind: str, base: type[T]) -> type[T] | No
             "to be the same"
         )
     return found
+
+
+def plugin_packages(group: str, names: Iterable[str]) -> dict[str, str]:
+    """Packages that offer these names in an entry point group, with their versions."""
+    wanted = set(names)
+    found = (entry.dist for entry in entry_points(group=group) if entry.name in wanted)
+    return {dist.name: dist.version for dist in found if dist is not None}
 
 
 def _owner(entry: EntryPoint) -> str:

@@ -68,6 +68,7 @@ def test_the_template_is_found_explained_and_run(installed: dict[str, str], tmp_
     record = json.loads((tmp_path / "out.effic.json").read_text())
     assert record["build"]["passes"] == ["my-pass"]
     assert record["build"]["target"] == "my-target{note=shop}"
+    assert record["build"]["versions"]["effic-plugin-example"] == "0.1.0"
     assert "did you mean 'my-target'?" in effic(
         installed, "optimize", output, "--target", "mytarget", "-o", tmp_path / "x.onnx", code=2
     )

@@ -1,0 +1,439 @@
+"""Dense fp32 matrix products: against a weight packed at build, and of two activations.
+
+``DenseMatMul``: ``y[m, n] = act(sum_k x[m, k] · w[k, n] + bias[n])``. The weight is stored as panels
+``[ceil(N / P), K, P]`` of P = 32 columns (64 where M ≤ 4), the last one padded with zeros. A register
+tile holds ``rows × P`` sums; each k costs P/16 loads of the panel (one contiguous stream), ``rows``
+broadcasts of x and ``rows · P/16`` multiply-adds. x and y stay plain.
+
+Roofline: ``2·M·K·N`` flops against ``4·K·N`` bytes of weight, read once. Up to M of about 4 the weight's
+bytes limit (memory bandwidth); from M of about 16 the multiply-adds do. For more rows than one tile the
+panel is read again per tile, from the L2 cache: K is cut so that a piece of the panel fits there.
+
+``BatchMatMul``: ``y[b] = x[b] @ w[b]`` (or ``w[b]ᵀ``) of two activations: attention. Nothing is known at
+build, so a panel ``[K, 32]`` of w is copied into a thread's own buffer first (transposed on the way when
+``transpose_b``) and the same register tile runs over it: ``K·N`` elements copied for ``M·K·N``
+multiply-adds, which is why M = 1 takes w as it lies instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.kernels.lanes import (
+    CHUNKS_PER_CORE,
+    LANES,
+    MIN_PARALLEL_FLOPS,
+    accumulators,
+    argument,
+    clamp,
+    function,
+    lanes,
+    loop,
+    registers,
+    spec_name,
+    splat,
+    tiles,
+    why_no_activation,
+)
+
+GEMV_ROWS = 4
+"""Up to so many rows the bytes of the weight limit: wide panels keep more loads in flight."""
+
+_K_TILE = 2048
+"""Rows of a panel of 32 columns that stay in a quarter of a megabyte, half of a small L2 cache."""
+
+
+def pack_panels(weight: np.ndarray, panel: int) -> np.ndarray:
+    """``[K, N]`` as ``[ceil(N / panel), K, panel]``, zeros past N."""
+    k, n = weight.shape
+    count = -(-n // panel)
+    packed = np.zeros((count, k, panel), np.float32)
+    full = n // panel
+    packed[:full] = weight[:, : full * panel].reshape(k, full, panel).transpose(1, 0, 2)
+    if full < count:
+        packed[full, :, : n - full * panel] = weight[:, full * panel :]
+    return packed
+
+
+@dataclass(frozen=True)
+class DenseMatMul:
+    """``y[M, N] = act(x[M, K] @ w[K, N] + bias[N])`` in fp32.
+
+    Attributes:
+        m, k, n: sizes. ``m`` None: the rows are known at run time only.
+        bias: whether a bias of N follows the weight.
+        activation: None, ``relu``, or ``clip`` to ``low`` … ``high``.
+        panel: columns of a panel of the packed weight, a multiple of 16; None chooses by ``m``.
+        rows: rows of the register tile; None chooses by ``m`` and the CPU.
+        k_tile: most rows of a panel per round; None chooses.
+        portable: use the form for CPUs without AVX512.
+    """
+
+    m: int | None
+    k: int
+    n: int
+    bias: bool = False
+    activation: str | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    panel: int | None = None
+    rows: int | None = None
+    k_tile: int | None = None
+    portable: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return spec_name("dense", self)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a panel."""
+        if self.panel is not None:
+            return self.panel
+        return 4 * LANES if self.m is not None and self.m <= GEMV_ROWS else 2 * LANES
+
+    def why_not(self) -> str | None:
+        """What the family cannot hold, as a sentence."""
+        if min(self.k, self.n) < 1 or (self.m is not None and self.m < 1):
+            return f"a product of [{self.m}, {self.k}] and [{self.k}, {self.n}] has no elements"
+        if self.panel is not None and (self.panel < LANES or self.panel % LANES):
+            return f"panels of {self.panel} columns are not multiples of {LANES}"
+        return why_no_activation(self.activation, self.low, self.high)
+
+    def pack(self, weight: np.ndarray, bias: np.ndarray | None = None) -> list[np.ndarray]:
+        """The weight ``[K, N]`` as panels, and the bias ``[N]`` padded to whole panels."""
+        packed = [pack_panels(weight, self.columns)]
+        if self.bias:
+            padded = np.zeros(packed[0].shape[0] * self.columns, np.float32)
+            if bias is not None:
+                padded[: self.n] = np.broadcast_to(bias, (self.n,))
+            packed.append(padded)
+        return packed
+
+    def prim_func(self, cpu: Cpu) -> Any:
+        """``(x[M, K], w[panels, K, P], [bias[panels · P]], y[M, N])``."""
+        width, panels = self.columns, -(-self.n // self.columns)
+        vectors = width // LANES
+        most = self.rows or max(1, min(registers(cpu, self.portable) // vectors, 8 if vectors <= 2 else 6))
+        k_tile = self.k_tile or (_K_TILE if self.m is None or self.m > 2 * most else self.k)
+        result: list[Any] = []
+        with function(self.name, result) as T:
+            m = T.int64() if self.m is None else self.m
+            x, w = argument(T, "x", (m, self.k)), argument(T, "w", (panels, self.k, width))
+            bias = argument(T, "bias", (panels * width,)) if self.bias else None
+            y = argument(T, "y", (m, self.n))
+            if self.m is None:
+                rows, full, rest = most, m // most, 0
+            else:
+                rows, full, rest = tiles(self.m, most)
+            flops = 2 * (self.m or most) * self.k * self.n
+            parts = 1 if self.m is None else _parts(panels, full, CHUNKS_PER_CORE * cpu.cores)
+            k_length, k_full, k_rest = tiles(self.k, k_tile)
+            tile = _Tile(T, self, x, lambda panel, k, v: w[panel, k, lanes(T, v * LANES)], bias, y)
+            with loop(T, panels * parts, cpu.cores > 1 and flops >= MIN_PARALLEL_FLOPS) as piece:
+                panel, part = (piece, 0) if parts == 1 else (piece // parts, piece % parts)
+                if k_full + (k_rest > 0) == 1:
+                    self._rows(T, tile, panel, part, parts, rows, full, rest, m, None, 0, self.k)
+                else:
+                    # Sums of the pieces of K so far, all rows of the panel.
+                    held = m if self.m is None else self.m
+                    sums = T.alloc_buffer((held, width), "float32", scope="global")
+                    for number in range(k_full + (k_rest > 0)):
+                        start = number * k_length
+                        stop = min(self.k, start + k_length)
+                        self._rows(T, tile, panel, part, parts, rows, full, rest, m, sums, start, stop)
+        return result[0]
+
+    def _rows(
+        self,
+        T: Any,
+        tile: _Tile,
+        panel: Any,
+        part: Any,
+        parts: int,
+        rows: int,
+        full: Any,
+        rest: int,
+        m: Any,
+        sums: Any,
+        start: int,
+        stop: int,
+    ) -> None:
+        """All register tiles of one part of one panel, over k in [start, stop)."""
+        if parts == 1:
+            with T.serial(full) as number:
+                tile.run(panel, number * rows, rows, sums, start, stop)
+        else:
+            with T.serial(full * part // parts, full * (part + 1) // parts) as number:
+                tile.run(panel, number * rows, rows, sums, start, stop)
+        if self.m is None:
+            with T.serial(m % rows) as number:
+                tile.run(panel, full * rows + number, 1, sums, start, stop)
+        elif rest and parts == 1:
+            tile.run(panel, full * rows, rest, sums, start, stop)
+        elif rest:
+            with T.If(part == parts - 1), T.Then():
+                tile.run(panel, full * rows, rest, sums, start, stop)
+
+
+def _parts(panels: int, tiles_of_rows: int, wanted: int) -> int:
+    """Into how many parts the rows are cut so that panels × parts gives every core work."""
+    return max(1, min(tiles_of_rows, -(-wanted // panels))) if panels < wanted else 1
+
+
+class _Tile:
+    """The register tile: ``rows × columns`` sums over a range of k, from x in place and a panel.
+
+    ``load(panel, k, v)`` is vector ``v`` of a row of the panel; ``batch`` are the leading indices of x and y.
+    """
+
+    def __init__(
+        self,
+        T: Any,
+        spec: DenseMatMul | BatchMatMul,
+        x: Any,
+        load: Callable[[Any, Any, int], Any],
+        bias: Any,
+        y: Any,
+        batch: tuple[Any, ...] = (),
+    ) -> None:
+        self.T, self.spec, self.x, self.load, self.bias, self.y = T, spec, x, load, bias, y
+        self.batch = batch
+        self.vectors = spec.columns // LANES
+
+    def run(self, panel: Any, row: Any, rows: int, sums: Any, start: int, stop: int) -> None:
+        """Rows [row, row + rows) of one panel; the sums pass through ``sums`` when k is cut."""
+        T, spec, vectors = self.T, self.spec, self.vectors
+        width, first, last = spec.columns, start == 0, stop == spec.k
+        # Fewer than 8 sums would wait for each other: a multiply-add takes 4 cycles, two start per cycle.
+        ways = 1
+        while rows * vectors * ways < 8 and (stop - start) >= 16 * ways:
+            ways *= 2
+        acc = accumulators(T, rows * vectors * ways)
+        for r in range(rows):
+            for v in range(vectors):
+                if not first:
+                    value = sums[row + r, lanes(T, v * LANES)]
+                elif self.bias is not None:
+                    value = self.bias[lanes(T, panel * width + v * LANES)]
+                else:
+                    value = splat(T, 0.0)
+                T.buffer_store(acc, value, [lanes(T, (r * vectors + v) * LANES)])
+        for extra in range(rows * vectors, rows * vectors * ways):
+            T.buffer_store(acc, splat(T, 0.0), [lanes(T, extra * LANES)])
+
+        def step(k: Any, way: int) -> None:
+            for r in range(rows):
+                for v in range(vectors):
+                    at = lanes(T, ((way * rows + r) * vectors + v) * LANES)
+                    product = splat(T, self.x[(*self.batch, row + r, k)]) * self.load(panel, k, v)
+                    T.buffer_store(acc, acc[at] + product, [at])
+
+        length = stop - start
+        with T.serial(length // ways) as group:
+            for way in range(ways):
+                step(start + group * ways + way, way)
+        for way in range(length % ways):
+            step(stop - length % ways + way, way)
+
+        def total(r: int, v: int) -> Any:
+            at = [acc[lanes(T, ((way * rows + r) * vectors + v) * LANES)] for way in range(ways)]
+            while len(at) > 1:
+                at = [a + b for a, b in zip(at[::2], at[1::2], strict=True)]
+            return at[0]
+
+        if not last:
+            for r in range(rows):
+                for v in range(vectors):
+                    T.buffer_store(sums, total(r, v), [row + r, lanes(T, v * LANES)])
+            return
+        if spec.n % width == 0:
+            self._store(panel, row, rows, total)
+        elif spec.n < width:
+            self._store_ragged(panel, row, rows, total)
+        else:
+            with T.If(panel < spec.n // width):
+                with T.Then():
+                    self._store(panel, row, rows, total)
+                with T.Else():
+                    self._store_ragged(panel, row, rows, total)
+
+    def _final(self, value: Any) -> Any:
+        if isinstance(self.spec, BatchMatMul):
+            return value if self.spec.scale == 1.0 else value * splat(self.T, self.spec.scale)
+        return clamp(self.T, value, self.spec.activation, self.spec.low, self.spec.high)
+
+    def _store(self, panel: Any, row: Any, rows: int, total: Any) -> None:
+        T, spec = self.T, self.spec
+        for r in range(rows):
+            for v in range(self.vectors):
+                value = self._final(total(r, v))
+                T.buffer_store(
+                    self.y, value, [*self.batch, row + r, lanes(T, panel * spec.columns + v * LANES)]
+                )
+
+    def _store_ragged(self, panel: Any, row: Any, rows: int, total: Any) -> None:
+        # Whole vectors as ever; the last, partial one goes through memory, because indices that are
+        # not constant would keep the accumulators out of registers.
+        T, spec = self.T, self.spec
+        left = spec.n % spec.columns
+        base = (spec.n // spec.columns) * spec.columns
+        partial = left % LANES
+        for r in range(rows):
+            for v in range(left // LANES):
+                value = self._final(total(r, v))
+                T.buffer_store(self.y, value, [*self.batch, row + r, lanes(T, base + v * LANES)])
+        if partial:
+            spill = T.alloc_buffer((rows * LANES,), "float32", scope="local")
+            for r in range(rows):
+                value = self._final(total(r, left // LANES))
+                T.buffer_store(spill, value, [lanes(T, r * LANES)])
+            with T.serial(rows) as r, T.serial(partial) as lane:
+                at = [*self.batch, row + r, base + left - partial + lane]
+                T.buffer_store(self.y, spill[r * LANES + lane], at)
+
+
+@dataclass(frozen=True)
+class BatchMatMul:
+    """``y[batch, M, N] = scale · x[batch, M, K] @ w`` of two fp32 activations.
+
+    Attributes:
+        batch, m, k, n: sizes.
+        transpose_b: w is ``[batch / repeat, N, K]``, otherwise ``[batch / repeat, K, N]``.
+        repeat: batches in a row that share one w (heads of a group that share their keys).
+        scale: factor of the result.
+        rows: rows of the register tile; None chooses by ``m`` and the CPU.
+        portable: use the form for CPUs without AVX512.
+    """
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    transpose_b: bool = False
+    repeat: int = 1
+    scale: float = 1.0
+    rows: int | None = None
+    portable: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return spec_name("batch_matmul", self)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a panel."""
+        return 2 * LANES
+
+    @property
+    def packs(self) -> bool:
+        """Whether a panel of w is copied before use."""
+        return self.transpose_b or self.n % LANES != 0 or self.m > GEMV_ROWS
+
+    def why_not(self) -> str | None:
+        """What the family cannot hold, as a sentence."""
+        if min(self.batch, self.m, self.k, self.n) < 1:
+            return f"a product of [{self.batch}, {self.m}, {self.k}] and {self.k} × {self.n} has no elements"
+        if self.repeat < 1 or self.batch % self.repeat:
+            return f"a batch of {self.batch} cannot share each right side {self.repeat} times"
+        return None
+
+    def prim_func(self, cpu: Cpu) -> Any:
+        """``(x[batch, M, K], w[batch / repeat, K, N] or [batch / repeat, N, K], y[batch, M, N])``."""
+        width, panels = self.columns, -(-self.n // self.columns)
+        most = self.rows or max(1, min(registers(cpu, self.portable) // (width // LANES), 8))
+        rows, full, rest = tiles(self.m, most)
+        flops = 2 * self.batch * self.m * self.k * self.n
+        right = self.batch // self.repeat
+        result: list[Any] = []
+        with function(self.name, result) as T:
+            x = argument(T, "x", (self.batch, self.m, self.k))
+            w = argument(T, "w", (right, *((self.n, self.k) if self.transpose_b else (self.k, self.n))))
+            y = argument(T, "y", (self.batch, self.m, self.n))
+            with loop(T, right * panels, cpu.cores > 1 and flops >= MIN_PARALLEL_FLOPS) as piece:
+                group, panel = piece // panels, piece % panels
+                load = self._packed(T, w, group, panel) if self.packs else self._direct(T, w, group)
+                with T.serial(self.repeat) as copy:
+                    tile = _Tile(T, self, x, load, None, y, (group * self.repeat + copy,))
+                    with T.serial(full) as number:
+                        tile.run(panel, number * rows, rows, None, 0, self.k)
+                    if rest:
+                        tile.run(panel, full * rows, rest, None, 0, self.k)
+        return result[0]
+
+    def _direct(self, T: Any, w: Any, group: Any) -> Callable[[Any, Any, int], Any]:
+        # The second vector of a last panel that has only one is read as the first: never past the end.
+        last = self.n // LANES - 1
+
+        def load(panel: Any, k: Any, v: int) -> Any:
+            vector = panel * (self.columns // LANES) + v
+            if self.n % self.columns:
+                vector = T.min(vector, last)
+            return w[group, k, lanes(T, vector * LANES)]
+
+        return load
+
+    def _packed(self, T: Any, w: Any, group: Any, panel: Any) -> Callable[[Any, Any, int], Any]:
+        """Copy the panel into a buffer ``[K, columns]``; columns past N repeat the last one."""
+        width = self.columns
+        held = T.alloc_buffer((self.k, width), "float32", scope="global")
+
+        def column(c: Any) -> Any:
+            return T.min(panel * width + c, self.n - 1) if self.n % width else panel * width + c
+
+        def copy() -> None:
+            for v in range(width // LANES):
+                if self.transpose_b:
+                    with T.serial(self.k // LANES) as block:
+                        rows = [
+                            w[group, column(v * LANES + c), lanes(T, block * LANES)] for c in range(LANES)
+                        ]
+                        for i, vector in enumerate(transpose(T, rows)):
+                            T.buffer_store(held, vector, [block * LANES + i, lanes(T, v * LANES)])
+                    with T.serial(self.k % LANES) as k:
+                        at = self.k // LANES * LANES + k
+                        with T.serial(LANES) as c:
+                            T.buffer_store(held, w[group, column(v * LANES + c), at], [at, v * LANES + c])
+                elif self.n % LANES == 0:
+                    with T.serial(self.k) as k:
+                        at = T.min(panel * width + v * LANES, self.n - LANES)
+                        T.buffer_store(held, w[group, k, lanes(T, at)], [k, lanes(T, v * LANES)])
+                else:
+                    with T.serial(self.k) as k, T.serial(LANES) as c:
+                        T.buffer_store(held, w[group, k, column(v * LANES + c)], [k, v * LANES + c])
+
+        copy()
+        return lambda _, k, v: held[k, lanes(T, v * LANES)]
+
+
+def transpose(T: Any, rows: list[Any]) -> list[Any]:
+    """Columns of 16 vectors of 16: four rounds of interleaving row i with row i + 8.
+
+    One round moves the top bit of the row number to the bottom of the lane number; after four the two
+    numbers have changed places.
+    """
+    from tvm.tirx import Shuffle, const
+
+    low = [const(i // 2 + (i % 2) * LANES, "int32") for i in range(LANES)]
+    high = [const(LANES // 2 + i // 2 + (i % 2) * LANES, "int32") for i in range(LANES)]
+    held = T.alloc_buffer((2 * LANES * LANES,), "float32", scope="local")
+    for i, row in enumerate(rows):
+        T.buffer_store(held, row, [lanes(T, i * LANES)])
+    for turn in range(4):
+        source, sink = (turn % 2) * LANES, (1 - turn % 2) * LANES
+        for i in range(LANES // 2):
+            pair = [
+                held[lanes(T, (source + i) * LANES)],
+                held[lanes(T, (source + i + LANES // 2) * LANES)],
+            ]
+            T.buffer_store(held, Shuffle(pair, low), [lanes(T, (sink + 2 * i) * LANES)])
+            T.buffer_store(held, Shuffle(pair, high), [lanes(T, (sink + 2 * i + 1) * LANES)])
+    return [held[lanes(T, i * LANES)] for i in range(LANES)]

@@ -91,7 +91,8 @@ class LazyGroup(click.Group):
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code, args, getattr(error, "ctx", None))
         except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted; no half-written file was left behind", INTERRUPTED, args)
+            again = "; the same command goes on from here" if "--resume" in args else ""
+            _fail(f"interrupted; no half-written file was left behind{again}", INTERRUPTED, args)
         except BrokenPipeError:
             _quit_after_broken_pipe()
         except OSError as error:

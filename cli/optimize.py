@@ -84,6 +84,11 @@ REASONS = 8
     default=True,
     help="Record how the output was made, in it and beside it (out.effic.json).  [default: record]",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep what is done in OUTPUT.progress/, and go on where an interrupted run stopped.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def optimize(
@@ -111,6 +116,7 @@ def optimize(
     force: bool,
     external_data: bool | None,
     record: bool,
+    resume: bool,
     as_json: bool,
     quiet: bool,
     **scoring: Any,
@@ -179,6 +185,7 @@ def optimize(
             force=force,
             external=external_data,
             record=record,
+            resume=resume,
             after_pass=_after_pass(print_after, dump_dir),
             progress=advance,
             **options,

@@ -28,6 +28,7 @@ from effic.passes.pipeline import Check, Checker, Instead, Keep, Step, fingerpri
 from effic.passes.presets import preset
 from effic.passes.spec import parse_passes, to_text
 from effic.record import BUILD_KEY, Digests, build_of, file_digest, put_build, record_path, write_record
+from effic.resume import Unfinished, identity, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +131,7 @@ def optimize(
     force: bool = False,
     external: bool | None = None,
     record: bool = True,
+    resume: bool = False,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     after_pass: Callable[[Model, Pass, int], None] | None = None,
@@ -160,6 +162,8 @@ def optimize(
         force: allow writing over an existing file, the input included.
         external: weights in a file of their own; None decides by size.
         record: write the record of the build into the output and beside it (``out.effic.json``).
+        resume: keep what is done in ``out.onnx.progress/`` until the output is whole, and go on with what an
+            interrupted run of the same job has left there; see :mod:`effic.resume`.
         example_inputs, dynamic_shapes: for torch sources, as ``torch.export`` takes them.
         after_pass: called after each pass with the model, the pass and its number.
         progress: called with what is being done, the number of the step and how many there are.
@@ -178,6 +182,8 @@ def optimize(
     _refuse_data(sequence, calib, calib_samples, calib_window)
     if output is not None:
         _refuse_early(output, force)
+    if resume:
+        refuse(source, output, keep_if_faster)
     arrays = load_inputs(inputs) if isinstance(inputs, (str, os.PathLike)) else inputs
     options = {"dynamic_shapes": dynamic_shapes} if dynamic_shapes is not None else {}
     model = load(source, example_inputs, **options)
@@ -197,11 +203,29 @@ def optimize(
             seed=seed,
             window=calib_window,
         )
+    unfinished = None
+    if resume and output is not None:
+        run = identity(
+            front_end=model.origin.front_end,
+            files=files,
+            sequence=sequence,
+            target=target,
+            seed=seed,
+            check=check,
+            calibration=None if calibration is None else _samples(calibration, calib_samples, calib_window),
+            inputs=inputs,
+            accuracy=accuracy,
+        )
+        unfinished = Unfinished(output, run)
+        for text in unfinished.notes:
+            _tell(progress, text, unfinished.before, steps_in_all)
     if check != "off":
-        _tell(progress, "running the original", 0, steps_in_all)
+        if unfinished is None or not unfinished.notes:
+            _tell(progress, "running the original", 0, steps_in_all)
         if arrays is None and calibration is not None:
             arrays = next(calibration.feeds())
-        checker = Checker(model, arrays, seed)
+        make = Checker if unfinished is None else unfinished.checker
+        checker = make(model, arrays, seed)
     guard = None
     if accuracy is not None:
         _tell(progress, "scoring the original", 0, steps_in_all)
@@ -218,9 +242,10 @@ def optimize(
         checker=checker,
         calibration=calibration,
         require_change=require_change,
-        keep=_all_of(keeps),
+        keep=_all_of(keeps if unfinished is None else [unfinished.keep(keep) for keep in keeps]),
         after_pass=after_pass,
         progress=None if progress is None else lambda text, i, n: progress(text, i, steps_in_all),
+        unfinished=unfinished,
     )
     canonical = model.clone() if checker is not None else None
     _tell(progress, f"lowering for {target}", len(sequence), steps_in_all)
@@ -273,7 +298,11 @@ def optimize(
         written, output_bytes = os.fspath(output), sizes[0]
     report = Report(
         source=model.origin.path or f"a model from {model.origin.front_end}",
-        notes=(*model.origin.notes, *_data_notes(calibration, result.steps)),
+        notes=(
+            *model.origin.notes,
+            *_data_notes(calibration, result.steps),
+            *([] if unfinished is None else [*unfinished.notes, *unfinished.damaged()]),
+        ),
         passes=to_text(sequence),
         target=target,
         steps=steps,
@@ -294,6 +323,8 @@ def optimize(
         saved_files = _source_files(read_onnx(output))
         paths = {"source": model.origin.path, "calib": _path(calib), "inputs": _path(inputs)}
         write_record(output, build, paths=paths, files=saved_files, measured=_measured(report))
+    if unfinished is not None and written is not None:
+        unfinished.remove()
     return report
 
 

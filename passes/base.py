@@ -18,7 +18,9 @@ from effic.ir.errors import UsageError
 from effic.ir.model import Model, describe
 
 if TYPE_CHECKING:
+    from effic.ir.weights import WeightSite
     from effic.passes.calibration import Calibration
+    from effic.passes.finished import FinishedSites
 
 
 class Numerics(enum.Enum):
@@ -65,10 +67,16 @@ class Remark:
 
 
 class Remarks:
-    """Collects a pass's remarks in order."""
+    """Collects a pass's remarks in order.
 
-    def __init__(self) -> None:
+    Attributes:
+        items: the remarks.
+        finished: where what is done to each weight is kept, for a run that may be interrupted; else None.
+    """
+
+    def __init__(self, finished: FinishedSites | None = None) -> None:
         self.items: list[Remark] = []
+        self.finished = finished
 
     def passed(self, where: ir.Node | str, text: str, **data: Any) -> None:
         """Something was rewritten at ``where``."""
@@ -127,6 +135,29 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def apply(self, model: Model, remarks: Remarks) -> None:
         """Rewrite ``model`` in place, leaving remarks."""
+
+    def candidates(self, model: Model, remarks: Remarks) -> list[WeightSite] | None:
+        """The weights the pass would work on, each by itself and with an option ``skip``; None: it is not so.
+
+        A plan tries such a pass on one weight of each kind and counts how many there are, instead of doing
+        all the work.
+
+        Args:
+            model: the model; nothing in it is rewritten.
+            remarks: gets what would be left alone, and why.
+        """
+        return None
+
+    def rehearsed(self) -> Pass:
+        """The same pass without what it does outside the model (files it writes), for trying it out."""
+        return self
+
+    def stays(self) -> float:
+        """The share of the weights' bytes that is sure to stay: runs that cannot fit are refused by it.
+
+        Nothing is known of a lossy pass unless it says so itself.
+        """
+        return 0.0 if self.numerics is Numerics.LOSSY else 1.0
 
     @classmethod
     def summary(cls) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from effic.ir.model import Model
 from effic.ir.probe import Probe, constant_values
 from effic.ir.weights import WeightSite
 from effic.passes.activations import Activation, Rows, activations, operand, why_unseen
+from effic.passes.base import Remarks
 from effic.passes.calibration_data import Arrays, Progress, Samples, held, load_samples
 from effic.passes.parts import PART_BYTES, Part, Parts
 from effic.passes.pipeline import fingerprint
@@ -34,6 +35,9 @@ Key = tuple[str, Rows]
 
 SAMPLES = 128
 """Samples that are used of what there is, unless the caller says otherwise."""
+
+_NOTHING = Accumulator(1, 0, second_moment=False, sketch=0).finish()
+"""Statistics of what nobody asks for."""
 
 CACHE_BYTES = 64 << 20
 """Statistics that are kept for the next pass over an unchanged model."""
@@ -176,6 +180,20 @@ class Calibration:
         parts = self._parts(model, wanted.activations, second_moment, sketch, breaks)
         return self._plan(parts, cached=not propagate)
 
+    def kept(
+        self,
+        model: Model,
+        sites: Sequence[WeightSite],
+        *,
+        second_moment: bool = True,
+        sketch: int = 0,
+        propagate: bool = False,
+    ) -> int:
+        """About how many bytes :meth:`walk` with the same arguments keeps of each sample between parts."""
+        wanted = _Wanted(sites)
+        breaks = wanted.first_readers() if propagate else []
+        return self._parts(model, wanted.activations, second_moment, sketch, breaks).kept(next(self.feeds()))
+
     def walk(
         self,
         model: Model,
@@ -185,6 +203,7 @@ class Calibration:
         sketch: int = 0,
         propagate: bool = False,
         progress: Progress | None = None,
+        remarks: Remarks | None = None,
     ) -> Iterator[tuple[WeightSite, SiteStatistics]]:
         """Statistics of the inputs of weights, in the order of the graph, each weight once.
 
@@ -200,6 +219,9 @@ class Calibration:
             propagate: whether statistics are those of the model as rewritten so far, with quantized
                 weights upstream; otherwise those of the model as it was at the start.
             progress: instead of :attr:`progress`.
+            remarks: given by a pass that is done with a weight when it takes the next one. A weight that
+                an earlier run had finished is then put back on its turn and not handed out, and nothing
+                is gathered for it; see :mod:`effic.passes.finished`.
 
         Raises:
             UnsupportedError: nothing can be known of a site's inputs.
@@ -210,6 +232,12 @@ class Calibration:
                 raise UnsupportedError(f"weight '{site.name}' {reason}, so it cannot be calibrated")
         tell = progress or self.progress or (lambda text, number, total: None)
         wanted = _Wanted(sites)
+        finished = None if remarks is None else remarks.finished
+        over: set[WeightSite] = set()
+        if finished is not None:
+            finished.expect(len(sites))
+            over = {site for site in sites if finished.has(site)}
+        idle = wanted.only_for(over)
         done: dict[Key, SiteStatistics] = {}
         if not propagate:
             self._cache.of(model)
@@ -225,49 +253,66 @@ class Calibration:
             tell(f"calibrating: {plan}", 0, len(parts.parts))
             size = f"about {plan.megabytes} MB"
             steps = self._run(
-                parts, missing, second_moment, sketch, lambda t, i, n: tell(f"{t}, {size}", i, n)
+                parts, missing, idle, second_moment, sketch, lambda t, i, n: tell(f"{t}, {size}", i, n)
             )
         else:
             steps = iter([{}])
         for new in steps:
             if not propagate:
-                self._cache.add(new, second_moment, sketch)
+                known = {key: statistics for key, statistics in new.items() if key not in idle}
+                self._cache.add(known, second_moment, sketch)
             done.update(new)
             new.clear()  # or they would live on while the next part runs
             for site, keys in wanted.ready(done):
-                yield site, combine([done[key] for key in keys])
+                if finished is None or remarks is None:
+                    yield site, combine([done[key] for key in keys])
+                elif site not in over:
+                    begun = finished.begin(site, remarks)
+                    yield site, combine([done[key] for key in keys])
+                    finished.keep(model, site, begun, remarks)
+                elif not finished.put_back(model, site, remarks):
+                    raise UsageError(
+                        f"what {finished.folder} holds of '{site.name}' changed while it was read; run again"
+                    )
             done = {key: statistics for key, statistics in done.items() if wanted.needs(key)}
 
     def _run(
         self,
         parts: Parts,
         missing: Mapping[Key, Activation],
+        idle: set[Key],
         second_moment: bool,
         sketch: int,
         tell: Progress,
     ) -> Iterator[dict[Key, SiteStatistics]]:
-        """Statistics of the activations that each part makes, part by part."""
+        """Statistics of the activations that each part makes, part by part; empty ones for ``idle``."""
         by_value: dict[str, list[Key]] = {}
         for key in missing:
             by_value.setdefault(key[0], []).append(key)
+        here = [[key for v in part.wanted for key in by_value[str(v.name)]] for part in parts.parts]
+        # Parts behind the last that is asked for anything need not be run; those before give it its values.
+        last = max((n for n, keys in enumerate(here) if not idle.issuperset(keys)), default=-1)
         try:
             for number, part in enumerate(parts.parts):
-                here = {key: missing[key].rows for v in part.wanted for key in by_value[str(v.name)]}
+                if number > last:
+                    yield dict.fromkeys(here[number], _NOTHING)
+                    continue
+                asked = {key: missing[key].rows for key in here[number] if key not in idle}
                 sums = {
                     key: Accumulator(rows.groups, rows.width, second_moment=second_moment, sketch=sketch)
-                    for key, rows in here.items()
+                    for key, rows in asked.items()
                 }
                 for sample, values in enumerate(parts.run(part)):
                     text = f"calibrating, part {number + 1} of {len(parts.parts)}"
                     tell(text, sample, self.count)
-                    for key, rows in here.items():
+                    for key, rows in asked.items():
                         if not sums[key].add(rows.of(values[key[0]])):
                             raise NotMeasuredError(
                                 f"on calibration sample {sample} (from {self.source}) the value '{key[0]}' becomes "
                                 f"infinite, not a number or larger than {LARGEST:g}, so nothing can be calibrated "
                                 "on it; give other samples"
                             )
-                yield {key: sums.pop(key).finish() for key in here}
+                yield {key: sums.pop(key).finish() if key in asked else _NOTHING for key in here[number]}
         finally:
             parts.close()
 
@@ -403,6 +448,11 @@ class _Wanted:
     def needs(self, key: Key) -> bool:
         """Whether a weight still waits for an activation."""
         return any(key in keys for _, keys in self._waiting)
+
+    def only_for(self, sites: Collection[WeightSite]) -> set[Key]:
+        """Activations that no other weights wait for."""
+        needed = {key for site, keys in self._waiting if site not in sites for key in keys}
+        return set(self.activations) - needed
 
     def first_readers(self) -> list[ir.Node]:
         """For every activation, the first node that multiplies it with one of the weights."""

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,7 @@ from effic.passes.spec import to_text
 
 if TYPE_CHECKING:
     from effic.passes.calibration import Calibration
+    from effic.passes.finished import FinishedSites
 
 Progress = Callable[[str, int, int], None]
 Check = Literal["each", "final", "off"]
@@ -50,7 +51,7 @@ Keep = Callable[[Model, Model, Pass, "Step"], str | Instead | None]
 noted: why what the pass did is to be undone, another pass to run instead, or None to keep it."""
 
 # A run holds the weights, the runtime's own copies of some, and the activations.
-_RUN_MEMORY = 1.5
+RUN_MEMORY = 1.5
 
 
 @dataclasses.dataclass
@@ -76,6 +77,8 @@ class Step:
         options: every option of the pass, by name.
         score: the metric's value after the pass, where one was asked for.
         rolled_back: why what the pass did was undone, or None.
+        resumed: sites taken from an earlier run that was interrupted, None when there was none. Of a pass
+            which that run had finished, ``seconds`` is the time it took there.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Step:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     score: float | None = None
     rolled_back: str | None = None
+    resumed: int | None = None
 
     @property
     def passed(self) -> int:
@@ -118,6 +122,16 @@ class Step:
         return {**row, "passed": self.passed, "missed": self.missed}
 
 
+class Unfinished(Protocol):
+    """What a run keeps of its work; :class:`effic.resume.Unfinished` does."""
+
+    def sites(self, number: int, item: Pass) -> FinishedSites:
+        """Where the weights are kept that a pass (its number from 0) is done with."""
+
+    def done(self, number: int, step: Step) -> None:
+        """Called after each pass."""
+
+
 class Checker:
     """Judges numbers: runs the model on fixed inputs before the first pass and after each.
 
@@ -132,7 +146,7 @@ class Checker:
     """
 
     def __init__(self, model: Model, inputs: Mapping[str, np.ndarray] | None = None, seed: int = 0) -> None:
-        need, have = int(_RUN_MEMORY * weight_bytes(model)), available_memory()
+        need, have = int(RUN_MEMORY * weight_bytes(model)), available_memory()
         if have is not None and need > have:
             raise NotMeasuredError(
                 f"checking the numbers takes about {need / 1e9:.1f} GB of memory and {have / 1e9:.1f} GB are "
@@ -268,6 +282,7 @@ def run_passes(
     keep: Keep | None = None,
     after_pass: Callable[[Model, Pass, int], None] | None = None,
     progress: Progress | None = None,
+    unfinished: Unfinished | None = None,
 ) -> PipelineResult:
     """Apply passes in order, in place; each is verified, checked, measured and recorded.
 
@@ -282,6 +297,7 @@ def run_passes(
         keep: asked after each pass that changed the model whether to keep that; a reason not to undoes it.
         after_pass: called with the model, the pass and its number (from 0) after each pass.
         progress: called with the pass's name, its number and how many there are.
+        unfinished: where what is done is kept, and what an interrupted run had done is found.
 
     Raises:
         CheckFailedError: a pass broke the model, or changed nothing although it had to.
@@ -302,8 +318,11 @@ def run_passes(
         if calibration is not None:
             calibration.progress = _inside(progress, item.name, number, len(passes))
         judged = checker if check == "each" else None
-        step, cost, mark = _run_one(model, item, cost, mark, judged, calibration, keep)
+        finished = None if unfinished is None else unfinished.sites(number, item)
+        step, cost, mark = _run_one(model, item, cost, mark, judged, calibration, keep, finished)
         steps.append(step)
+        if unfinished is not None:
+            unfinished.done(number, step)
         if require_change and not step.changed:
             reason = step.rolled_back or next(
                 (r.text for r in step.remarks if r.kind == "missed"), "nothing in the model matched"
@@ -341,6 +360,7 @@ def _run_one(
     checker: Checker | None,
     calibration: Calibration | None,
     keep: Keep | None,
+    finished: FinishedSites | None = None,
 ) -> tuple[Step, ModelCost, int]:
     step = Step(item.name, to_text(item), item.numerics, options=dataclasses.asdict(item))
     step.bytes_before, step.nodes_before = cost.weight_bytes, cost.nodes
@@ -349,7 +369,7 @@ def _run_one(
     before = model.clone() if checker is not None or raises or keep is not None else None
     shape = signature(model)
     patterns = DeclaredPatterns(model)
-    remarks = Remarks()
+    remarks = Remarks(finished)
     reset_peak_memory()
     began = time.perf_counter()
     reason = None

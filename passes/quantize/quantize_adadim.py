@@ -11,6 +11,7 @@ from effic.ir.model import Model
 from effic.ir.weights import Axis, WeightSite
 from effic.passes.base import CalibratedPass, Remarks, option
 from effic.passes.calibration import Calibration
+from effic.passes.finished import unfinished
 from effic.passes.quantize.adadim import Candidate, Compensator, choose
 from effic.passes.quantize.adadim_decision import Decision, candidates, decide
 from effic.passes.quantize.measured_blocks import Judgement, batches, find_blocks, judge_blocks
@@ -98,13 +99,14 @@ class QuantizeAdaDim(CalibratedPass, WeightOnly):
         exact = self._exact(seen)
         moment, sketch = exact or self.base == "gptq", self.sketch * (not exact and self.base == "rtn")
         worker = self._compensator()
-        for site, statistics in calibration.walk(model, seen, second_moment=moment, sketch=sketch):
+        walk = calibration.walk(model, seen, second_moment=moment, sketch=sketch, remarks=remarks)
+        for site, statistics in walk:
             decision = self._decide(site, statistics, judged.get(site), worker, exact)
             self._write(model, site, decision, reasons.get(site), remarks)
-        for site, reason in unseen.items():
-            if reason is not None:
-                decision = self._decide(site, None, None, worker, exact)
-                self._write(model, site, decision, f"judged by its own error, since it {reason}", remarks)
+        rest = {site: reason for site, reason in unseen.items() if reason is not None}
+        for site in unfinished(model, rest, remarks):
+            decision = self._decide(site, None, None, worker, exact)
+            self._write(model, site, decision, f"judged by its own error, since it {rest[site]}", remarks)
 
     def predicted_bytes(self, site: WeightSite) -> float:
         dims: tuple[Axis, ...] = ("oc", "ic") if self.dim == "auto" else (self.dim,)

@@ -10,6 +10,7 @@ from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.weights import WeightSite
 from effic.passes.base import Remarks, option
+from effic.passes.finished import unfinished
 from effic.passes.quantize.affine import Grid
 from effic.passes.quantize.easyquant import Search, easyquant
 from effic.passes.quantize.weight_only import (
@@ -71,7 +72,7 @@ class QuantizeEasyQuant(WeightOnly):
     def apply(self, model: Model, remarks: Remarks) -> None:
         steps = _STEPS[self.optimizer] if self.steps < 0 else self.steps
         search = Search(self.optimizer, steps, self.lr)
-        for site in self.sites(model, remarks):
+        for site in unfinished(model, self.sites(model, remarks), remarks):
             self._encode(model, site, search, remarks)
 
     def _encode(self, model: Model, site: WeightSite, search: Search, remarks: Remarks) -> None:

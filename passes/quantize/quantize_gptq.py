@@ -84,7 +84,8 @@ class QuantizeGPTQ(CalibratedPass, WeightOnly):
             else:
                 seen.append(site)
         last: tuple[np.ndarray, Factor] | None = None
-        for site, statistics in calibration.walk(model, seen, sketch=_SKETCH, propagate=self.propagate):
+        walk = calibration.walk(model, seen, sketch=_SKETCH, propagate=self.propagate, remarks=remarks)
+        for site, statistics in walk:
             moment = statistics.second_moment
             if moment is None:
                 continue  # It was asked for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from effic.ir.sparsity import Pattern, declared
 from effic.ir.weights import WeightSite, weight_sites
 from effic.passes.base import CalibratedPass, Numerics, Remarks, option
 from effic.passes.calibration import Calibration
+from effic.passes.finished import FinishedSites
 from effic.passes.quantize.weight_only import say_unmatched
 from effic.passes.sparsify.channel_scores import columns_of, reduction_axis, sampled_rows, scores
 from effic.passes.sparsify.ends import first_convolutions, vocabulary_heads
@@ -107,7 +108,7 @@ class PermuteChannels(CalibratedPass):
             if place.reason is not None:
                 remarks.missed(place.where, f"{place.title} {place.reason}")
                 continue
-            found, total = self._search(place, pattern, norms)
+            found, total = self._found(place, pattern, norms, remarks.finished)
             if found is None:
                 remarks.missed(place.where, "holds a weight that is infinite or not a number")
             elif found.after - found.before <= _WORTH_IT * found.before:
@@ -153,6 +154,30 @@ class PermuteChannels(CalibratedPass):
         if reason is not None:
             remarks.missed(site.name, f"does not count: {reason}")
         return reason is None
+
+    def _found(
+        self,
+        place: _Place,
+        pattern: Pattern,
+        norms: dict[WeightSite, np.ndarray],
+        finished: FinishedSites | None,
+    ) -> tuple[Found | None, float]:
+        """What :meth:`_search` finds, or found in an earlier run that was interrupted."""
+        if finished is None:
+            return self._search(place, pattern, norms)
+        asked = {
+            "order of": [[site.name, finished.weight(site), where.tolist()] for site, where in place.readers],
+            "norms": [norms[site].tolist() for site, _ in place.readers if site in norms],
+        }
+        size = place.channels.size
+        if (kept := finished.get(asked)) is not None and (known := _read_found(*kept, size)) is not None:
+            finished.taken += 1
+            return known
+        found, total = self._search(place, pattern, norms)
+        if found is not None:
+            row = {name: getattr(found, name) for name in ("before", "after", "rows", "attempts")}
+            finished.put(asked, {**row, "total": total}, {"order": np.asarray(found.order)})
+        return found, total
 
     def _search(
         self, place: _Place, pattern: Pattern, norms: dict[WeightSite, np.ndarray]
@@ -262,6 +287,18 @@ def _pruned_readers(model: Model, channels: Channels) -> dict[Dim, str]:
                 f"are read by '{site.name}', which is pruned to {known[site.name]} already; permute first"
             )
     return found
+
+
+def _read_found(row: dict[str, Any], arrays: dict[str, np.ndarray], size: int) -> tuple[Found, float] | None:
+    """What was kept of a search for an order of so many channels, or None where it is nothing of that kind."""
+    order, figures = arrays.get("order"), [row.get(name) for name in ("before", "after", "total")]
+    counts = [row.get(name) for name in ("rows", "attempts")]
+    right = order is not None and order.shape == (size,) and order.dtype.kind == "i"
+    if not right or not all(type(v) is float for v in figures) or not all(type(v) is int for v in counts):
+        return None
+    if order is None or not np.array_equal(np.sort(order), np.arange(size)):
+        return None
+    return Found(np.array(order), row["before"], row["after"], *counts), row["total"]
 
 
 def _figures(found: Found) -> dict[str, float | int]:

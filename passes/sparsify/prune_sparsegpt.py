@@ -61,7 +61,8 @@ class PruneSparseGPT(CalibratedPass, OneShot):
             else:
                 targets[site] = target
         last: tuple[np.ndarray, int, Factor] | None = None
-        for site, statistics in calibration.walk(model, list(targets), propagate=self.propagate):
+        walk = calibration.walk(model, list(targets), propagate=self.propagate, remarks=remarks)
+        for site, statistics in walk:
             moment, length = statistics.second_moment, reduction_length(site)
             if moment is None:
                 continue  # It was asked for.

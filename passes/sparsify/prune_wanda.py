@@ -46,9 +46,15 @@ class PruneWanda(CalibratedPass, OneShot):
                 remarks.missed(site.name, reason)
             else:
                 targets[site] = target
-        for site, statistics in calibration.walk(
-            model, list(targets), second_moment=False, sketch=SKETCH, propagate=self.propagate
-        ):
+        walk = calibration.walk(
+            model,
+            list(targets),
+            second_moment=False,
+            sketch=SKETCH,
+            propagate=self.propagate,
+            remarks=remarks,
+        )
+        for site, statistics in walk:
             norm, fallback = np.sqrt(statistics.mean_square), None
             if not norm.any():
                 norm, fallback = None, "pruned by magnitude: its inputs were zero on all the data"

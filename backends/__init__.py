@@ -24,6 +24,8 @@ TARGETS: dict[str, str] = {
     "portable": "effic.backends.ort.targets:Portable",
     # ONNX Runtime on a CPU
     "ort-cpu": "effic.backends.ort.targets:OrtCpu",
+    # compiled by TVM, with effic's own kernels
+    "tvm-cpu": "effic.backends.tvm.targets:TvmCpu",
 }
 
 DEFAULT_TARGET = "ort-cpu"

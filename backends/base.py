@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import inspect
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 
 from effic.backends.artifact import Arrays, Artifact
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
-from effic.passes.base import Remarks, option_problem, options_of
+from effic.passes.base import Remark, Remarks, option_problem, options_of
 from effic.passes.spec import option_text
 
-__all__ = ["Arrays", "Artifact", "Backend"]
+__all__ = ["Arrays", "Artifact", "Backend", "Built", "Tell"]
+
+Tell = Callable[[str, int, int], None]
+"""Called with what is being done, the number of the stage, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What building gave.
+
+    Attributes:
+        outputs: of the inputs that were to be tried, or None.
+        remarks: what became of nodes, where that is decided only when building.
+        seconds: time of the build.
+        peak_memory: bytes the building process had at most; 0 where it was this one.
+        stages: seconds of each stage by name.
+    """
+
+    outputs: Arrays | None = None
+    remarks: list[Remark] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory: int = 0
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,8 @@ class Backend(abc.ABC):
     """
 
     name: ClassVar[str]
+    is_folder: ClassVar[bool] = False
+    """Whether a build is a folder, made by a compiler, and not the model's own .onnx file."""
 
     def __post_init__(self) -> None:
         for field, kind in options_of(type(self)):
@@ -50,9 +78,32 @@ class Backend(abc.ABC):
             ``model``.
         """
 
+    def sizes(self, model: Model) -> dict[str, int]:
+        """Sizes of the model's dynamic dimensions, by name, that a build runs at; empty where any will do."""
+        return {}
+
+    def build(
+        self,
+        model: Model,
+        path: str | os.PathLike[str],
+        *,
+        inputs: Mapping[str, np.ndarray] | None = None,
+        tell: Tell | None = None,
+    ) -> Built:
+        """Write a lowered model as :meth:`load` takes it; unless the target compiles, as an ``.onnx`` file.
+
+        Args:
+            model: what :meth:`lower` made.
+            path: where to; nothing is there yet, or an empty folder.
+            inputs: for a target with :attr:`is_folder`: what to run the finished build on.
+            tell: hears of the stages of a compiler.
+        """
+        model.save(path)
+        return Built()
+
     @abc.abstractmethod
     def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> Artifact:
-        """Open a file that was lowered for this target."""
+        """Open a file or folder that was built for this target."""
 
     @classmethod
     def summary(cls) -> str:

@@ -28,6 +28,10 @@ class UsageError(EfficError):
     """The request cannot be understood: an unknown pass, an option out of range, a missing file."""
 
 
+class DoesNotFitError(UsageError):
+    """The run needs more memory or disk than this machine has; nothing was done."""
+
+
 class InvalidModelError(EfficError):
     """The model file is broken, hostile, or beyond the limits; nothing was done with it."""
 
@@ -68,3 +72,9 @@ class MissingExtraError(EfficError):
             f"{purpose} needs the package '{package}', which is not installed; "
             f"run: pip install 'effic[{extra}]'"
         )
+
+
+class MissingToolError(EfficError):
+    """A program that the job needs, a compiler say, is not on this machine."""
+
+    exit_code: ClassVar[int] = 3

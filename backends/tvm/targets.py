@@ -1,0 +1,119 @@
+"""The targets that TVM compiles for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from effic.backends.base import Backend, Built, Tell
+from effic.backends.tvm.artifact import TvmArtifact, import_tvm
+from effic.ir.errors import UsageError
+from effic.ir.model import Model
+from effic.passes.base import Remarks, option
+
+if TYPE_CHECKING:
+    from effic.backends.tvm.cpu import Cpu
+
+
+@dataclass(frozen=True)
+class TvmCpu(Backend):
+    """TVM on a CPU: a compiled library with effic's own kernels, for fixed input shapes.
+
+    The output is a folder with native code for one kind of CPU, weights packed as the kernels read them.
+    Weights in 2 to 8 bits, per-input-channel groups, exact outliers and N:M patterns stay as small in memory
+    as in the file.
+    """
+
+    name: ClassVar[str] = "tvm-cpu"
+    is_folder: ClassVar[bool] = True
+
+    mcpu: str = option(
+        "", help="LLVM's name of the CPU (cascadelake, znver5, x86-64-v3); this machine's by default"
+    )
+    num_cores: int = option(
+        0, ge=0, le=1024, help="threads the code is laid out for; 0: the cores that this process may use"
+    )
+    shapes: str = option(
+        "",
+        help="sizes of dynamic dimensions, several sets parted by semicolons: batch=1,seq=64;batch=1,seq=128",
+    )
+    activations: Literal["fp32", "int8"] = option(
+        "fp32",
+        help="int8: activations of quantized weights rounded to 8 bits at every call (faster, less exact)",
+    )
+
+    def cpu(self) -> Cpu:
+        """The CPU that code is made for.
+
+        Raises:
+            MissingExtraError: apache-tvm is not installed.
+            UsageError: LLVM knows no such CPU.
+        """
+        import_tvm(f"the target {self.name}")
+        from effic.backends.tvm.cpu import Cpu
+
+        if not self.mcpu:
+            return Cpu.host(self.num_cores or None)
+        return Cpu.named(self.mcpu, self.num_cores or Cpu.host().cores)
+
+    @property
+    def converter_options(self) -> dict[str, Any]:
+        """The options that converters of operators heed."""
+        return {"activations": self.activations}
+
+    def sizes(self, model: Model) -> dict[str, int]:
+        from effic.backends.tvm.specialize import parse_shapes
+
+        buckets = parse_shapes(self.shapes)
+        return buckets[0] if buckets else {}
+
+    def lower(self, model: Model, remarks: Remarks) -> Model:
+        """Refuse what cannot be compiled; what each node becomes is decided when it is built.
+
+        Raises:
+            UnsupportedError: operators that cannot be lowered, by node and with the reason.
+            UsageError: dynamic dimensions without a size.
+        """
+        cpu = self.cpu()
+        from effic.backends.tvm.coverage import coverage
+        from effic.backends.tvm.relax_builder import buckets_of, refuse_uncovered
+
+        refuse_uncovered(coverage(model, cpu, self.shapes, self.converter_options))
+        buckets_of(model, cpu, self.shapes, self.converter_options)
+        return model
+
+    def build(
+        self,
+        model: Model,
+        path: str | os.PathLike[str],
+        *,
+        inputs: Mapping[str, np.ndarray] | None = None,
+        tell: Tell | None = None,
+    ) -> Built:
+        """Compile a model in a child process.
+
+        Args:
+            model: in canonical form; it is not changed.
+            path: the folder, which must not exist or be empty.
+            inputs: what to run the artifact on in the child when it is finished.
+            tell: hears of the stages.
+
+        Raises:
+            UnsupportedError: operators that cannot be lowered.
+            MissingExtraError: apache-tvm is not installed.
+            MissingToolError: there is no C compiler to link with.
+            NotMeasuredError: the build crashed.
+        """
+        import_tvm(f"the target {self.name}")
+        from effic.backends.tvm.build import build
+
+        return build(self, model, os.fspath(path), inputs, tell)
+
+    def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> TvmArtifact:
+        if not os.path.isdir(path):
+            raise UsageError(f"{os.fspath(path)} is no folder; {self.name} builds folders")
+        return TvmArtifact.load(path, threads=threads)

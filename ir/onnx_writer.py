@@ -117,6 +117,24 @@ def model_bytes(model: Model) -> int:
     return structure + sum(p.nbytes for p in large)
 
 
+def file_bytes_of(model: Model, external: bool | None = None, threshold: int = 100 << 20) -> int:
+    """Bytes of the files that :func:`write_onnx` would write.
+
+    Args:
+        model: the model.
+        external: as there.
+        threshold: ``external_threshold`` there.
+    """
+    payloads = _payloads(model.ir)
+    if external is None:
+        external = sum(p.nbytes for p in payloads) > threshold
+    padding = 0
+    for payload in payloads if external else []:
+        if payload.streamable and payload.nbytes >= PAGE_ALIGN_FROM:
+            padding += -payload.nbytes % PAGE_BYTES
+    return model_bytes(model) + padding
+
+
 # -- the two layouts -------------------------------------------------------------------------------
 
 

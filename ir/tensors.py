@@ -75,6 +75,14 @@ class Scratch:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder
 
+    @property
+    def stored(self) -> int:
+        """Bytes of the files in the folder now."""
+        if self._folder is None:
+            return 0
+        with os.scandir(self._folder) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+
     def tensor(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
         """A tensor holding ``array``: in memory when small, on disk when large.
 

@@ -104,6 +104,29 @@ class Parts:
         Weights and statistics of the largest part, the values it hands out or keeps (once in the
         runtime and once outside), the largest values of a node, and what is kept between parts.
         """
+        size = self._sizer(sample)
+        most = 0
+        for part in self.parts:
+            handed = {id(v): v for v in (*part.wanted, *part.kept)}.values()
+            here = max((size(n.outputs) + size(filter(None, n.inputs)) for n in part.nodes), default=0)
+            costs = sum(self._costs.get(str(v.name), 0) for v in part.wanted)
+            most = max(most, part.weight_bytes + costs + 2 * size(handed) + here)
+        kept = len(self.parts) > 1
+        return most + RUNTIME_BYTES + (STORE_BYTES if kept else 0)
+
+    def kept(self, sample: Mapping[str, np.ndarray]) -> int:
+        """About how many bytes of one sample's values are kept between parts, at most at a time."""
+        size = self._sizer(sample)
+        live: list[ir.Value] = []
+        most = 0
+        for part in self.parts:
+            end = self._place[part.nodes[-1]] if part.nodes else -1
+            live = [v for v in (*live, *part.kept) if self._last.get(str(v.name), -1) > end]
+            most = max(most, size(live))
+        return most
+
+    def _sizer(self, sample: Mapping[str, np.ndarray]) -> Callable[[Iterable[ir.Value]], int]:
+        """What tells the bytes of values for a sample."""
         dims: dict[str, int] = {}
         for value in self._model.graph.inputs:
             array = sample.get(str(value.name))
@@ -116,14 +139,7 @@ class Parts:
         def size(values: Iterable[ir.Value]) -> int:
             return sum(4 * math.prod(shapes.get(str(v.name), ())) for v in values)
 
-        most = 0
-        for part in self.parts:
-            handed = {id(v): v for v in (*part.wanted, *part.kept)}.values()
-            here = max((size(n.outputs) + size(filter(None, n.inputs)) for n in part.nodes), default=0)
-            costs = sum(self._costs.get(str(v.name), 0) for v in part.wanted)
-            most = max(most, part.weight_bytes + costs + 2 * size(handed) + here)
-        kept = len(self.parts) > 1
-        return most + RUNTIME_BYTES + (STORE_BYTES if kept else 0)
+        return size
 
     def gather(self) -> Iterator[Arrays]:
         """Run all parts, and hand out all wanted values of a sample together."""

@@ -94,6 +94,9 @@ class MergeLora(Pass):
         if self.svd_rank and self.combine in ("delta_sum", "cat", "linear"):
             raise UsageError(f"{self.name}: combine={self.combine} has no rank to choose; leave svd_rank out")
 
+    def rehearsed(self) -> Pass:
+        return dataclasses.replace(self, keep_original="")
+
     def apply(self, model: Model, remarks: Remarks) -> None:
         adapters = read_all(self.adapters)
         done = {digest for merge in read_merges(model) for digest in merge.digests}

@@ -82,6 +82,10 @@ class QuantizeInt8(CalibratedPass):
     def needs_data(self) -> bool:
         return self.mode == "static"
 
+    def stays(self) -> float:
+        """8 of 32 bits."""
+        return 0.25
+
     def calibrate(self, model: Model, calibration: Calibration | None, remarks: Remarks) -> None:
         say_unmatched(model, "skip", self.skip, remarks)
         if self.mode == "dynamic" or calibration is None:

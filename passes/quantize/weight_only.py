@@ -76,6 +76,13 @@ class WeightOnly(Pass):
             )
         return pattern, Width(int(bits), int(group) if group else self.group_size)
 
+    def candidates(self, model: Model, remarks: Remarks) -> list[WeightSite] | None:
+        return list(self.sites(model, remarks))
+
+    def stays(self) -> float:
+        """The narrowest codes alone, of float32 weights."""
+        return min(self.bits, *(self._override(text)[1].bits for text in self.overrides), 8) / 32
+
     def width(self, site: WeightSite) -> Width:
         """Bits and group size of a site, overrides applied."""
         for text in self.overrides:

@@ -71,6 +71,13 @@ class CompressNM(Pass):
         if self.detect:
             Pattern.parse(self.detect)
 
+    def candidates(self, model: Model, remarks: Remarks) -> list[WeightSite] | None:
+        return [site for site in weight_sites(model, self.kinds) if self._why_not(site) is None]
+
+    def stays(self) -> float:
+        """What of a pattern that keeps few, such as 1:8, is left."""
+        return 0.125
+
     def apply(self, model: Model, remarks: Remarks) -> None:
         say_unmatched(model, "skip", self.skip, remarks)
         detect = Pattern.parse(self.detect) if self.detect else None

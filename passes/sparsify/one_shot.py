@@ -104,6 +104,13 @@ class OneShot(Pass):
             )
         return names, density
 
+    def candidates(self, model: Model, remarks: Remarks) -> list[WeightSite] | None:
+        return [site for site, _ in self.sites(model, remarks)]
+
+    def stays(self) -> float:
+        """All: zeros are stored like any number."""
+        return 1.0
+
     def target(self, site: WeightSite) -> Target | None:
         """What a weight becomes, overrides applied; None: it stays dense."""
         for text in self.overrides:

@@ -1,0 +1,107 @@
+"""From operators to scheduled functions: what runs on a CPU between building a module and generating code.
+
+TVM's own CPU pipeline legalizes and fuses, and leaves the loops as they come (35 to 190 times slower than
+ONNX Runtime). Here operators with a kernel of their own become calls of it, the rest is legalized and fused,
+and every function without a schedule gets one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.relax.backend import cpu_generic
+
+from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.schedule.choose_kernels import choose_kernels
+from effic.backends.tvm.schedule.functions import NAIVE, scheduled
+
+
+def schedule_functions(cpu: Cpu) -> Any:
+    """The pass that schedules every PrimFunc without the attribute ``tirx.is_scheduled``."""
+
+    @tvm.transform.module_pass(opt_level=0, name="effic.ScheduleFunctions")
+    def run(module: Any, _context: Any) -> Any:
+        changed = {}
+        for variable, function in module.functions_items():
+            if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function):
+                changed[variable] = scheduled(function, cpu)
+        for variable, function in changed.items():
+            module.update_func(variable, function)
+        return module
+
+    return run
+
+
+def _is_scheduled(function: Any) -> bool:
+    return bool(function.attrs is not None and function.attrs.get("tirx.is_scheduled", False))
+
+
+def naive_functions(module: Any) -> dict[str, str]:
+    """Functions of a scheduled module that stayed naive, and why."""
+    found = {}
+    for variable, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc) and function.attrs is not None and NAIVE in function.attrs:
+            found[variable.name] = str(function.attrs[NAIVE])
+    return found
+
+
+def fuse_and_schedule(cpu: Cpu) -> Any:
+    """The pass up to scheduled functions: kernels chosen, operators legalized and fused, loops arranged.
+
+    Parameters are inputs of the function and so are never folded; only what is constant in the code
+    itself is.
+    """
+    target = cpu.target()
+    steps = [
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.CanonicalizeBindings(),
+        choose_kernels(cpu),
+        *cpu_generic.library_dispatch_passes(target),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+        relax.transform.RewriteDataflowReshape(),
+        schedule_functions(cpu),
+    ]
+    return _under(target, steps, "effic.FuseAndSchedule")
+
+
+def pipeline(cpu: Cpu) -> Any:
+    """The whole Relax pipeline for ``tvm.compile(module, target, relax_pipeline=pipeline(cpu))``."""
+    target = cpu.target()
+    steps = [
+        fuse_and_schedule(cpu),
+        *cpu_generic.pipeline.dataflow_lower_passes(target),
+        *cpu_generic.finalize_passes(target),
+    ]
+    return _under(target, steps, "effic.Pipeline")
+
+
+def _under(target: Any, steps: list[Any], name: str) -> Any:
+    @tvm.transform.module_pass(opt_level=0, name=name)
+    def run(module: Any, _context: Any) -> Any:
+        with target:
+            return tvm.transform.Sequential(steps)(module)
+
+    return run
+
+
+def compile_module(module: Any, cpu: Cpu) -> tuple[Any, dict[str, str]]:
+    """Schedule and compile a Relax module.
+
+    Returns:
+        The ``tvm.runtime.Executable``, and the functions that stayed naive with the reason of each.
+    """
+    ready = fuse_and_schedule(cpu)(module)
+    target = cpu.target()
+    rest = [
+        *cpu_generic.pipeline.dataflow_lower_passes(target),
+        *cpu_generic.finalize_passes(target),
+    ]
+    executable = tvm.compile(ready, target, relax_pipeline=_under(target, rest, "effic.Finish"))
+    return executable, naive_functions(ready)

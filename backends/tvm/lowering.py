@@ -61,11 +61,13 @@ class Shared:
         arrays: parameters by the name they are stored under, C-contiguous. A weight that is stored as
             it is stays in its file (a memory map) until somebody reads it.
         kernels: functions of kernels in the module, by name of their spec.
+        choices: what was chosen for a weight when it was packed, which all functions have to heed.
     """
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
         self.kernels: dict[str, Any] = {}
+        self.choices: dict[object, Any] = {}
         self._names: dict[object, list[str]] = {}
 
     def names(self, key: object, name: str, make: Callable[[], Sequence[np.ndarray]]) -> list[str]:
@@ -79,10 +81,17 @@ class Shared:
     def _add(self, base: str, array: np.ndarray) -> str:
         name, number = base, 0
         while name in self.arrays:
+            if _same(self.arrays[name], array):
+                # Every bucket folds its constants for itself; often the sizes have no part in them.
+                return name
             number += 1
             name = f"{base}_{number}"
         self.arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
         return name
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
 class Lowering:
@@ -143,6 +152,10 @@ class Lowering:
         if isinstance(expression.ty, relax.ShapeType):
             return self.bb.emit(relax.op.shape_to_tensor(expression))
         return expression
+
+    def is_done(self, node: ir.Node) -> bool:
+        """Whether an earlier node took this one along, as a product its bias and activation."""
+        return all(v in self._plain or v in self._blocked for v in node.outputs if v.name)
 
     def give_up(self, value: ir.Value) -> None:
         """Mark a value as one that could not be lowered: whoever reads it is not blamed."""
@@ -263,8 +276,13 @@ class Lowering:
         return free
 
     def _constant(self, value: ir.Value) -> Any:
+        from effic.backends.tvm.operators.encoded import decoded
+
         tensor = constant_tensor(value)
         if tensor is None:
+            weight = decoded(self, value)
+            if weight is not None:
+                return weight
             raise UnsupportedError(f"the value '{value.name}' is read before anything has made it")
         if (reason := why_no_type(tensor.dtype)) is not None:
             raise UnsupportedError(f"the constant '{value.name}' {reason}")
@@ -272,7 +290,7 @@ class Lowering:
             return relax.const(np.array(tensor.numpy()))
         name = value.name or "constant"
         # Mapped, not copied: what is large stays in its file until it is saved or run.
-        return self.weight(("plain", name), name, lambda: np.asarray(tensor.numpy()))
+        return self.weight(("plain", id(tensor)), name, lambda: np.asarray(tensor.numpy()))
 
 
 _TYPES = {

@@ -28,6 +28,7 @@ from effic.backends.tvm.lowering import (
     why_no_type,
 )
 from effic.backends.tvm.operators import find_converter, through_blocked
+from effic.backends.tvm.operators.encoded import compressed_steps, decodes_weight
 from effic.backends.tvm.private_api import IMPORTER_ERRORS, convert_by_importer, importer_knows
 from effic.backends.tvm.specialize import Dims, open_dims, parse_shapes, specialize
 from effic.ir.errors import UnsupportedError, UsageError
@@ -129,9 +130,12 @@ def build_relax(
         UsageError: sizes of open dimensions are missing, or name none.
     """
     bb, shared, buckets = relax.BlockBuilder(), Shared(), []
+    # Once for all sizes: what does not depend on them is folded here, and shared.
+    model = specialize(model, {})
+    functions = []
     for number, dims in enumerate(buckets_of(model, cpu, shapes, options)):
-        special = specialize(model, dims)
-        function = _Function(special, bb, cpu, shared, options)
+        function = _Function(specialize(model, dims), bb, cpu, shared, options)
+        functions.append(function)  # keeps its tensors alive: parameters are told apart by them
         bucket, uncovered = function.build(f"main_{number}")
         refuse_uncovered(uncovered)
         buckets.append(bucket)
@@ -222,8 +226,10 @@ class _Function:
         outputs: list[Any] = []
         with self.bb.function(name):
             with self.bb.dataflow():
+                later = compressed_steps(self.graph)
                 for node in self.graph:
-                    self._convert(node)
+                    if node not in later:
+                        self._convert(node)
                 for value in self.graph.outputs:
                     outputs += self._output(value)
                 whole = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
@@ -321,7 +327,7 @@ def convert(lowering: Lowering, node: ir.Node) -> None:
     """
     if reason := why_no_converter(node):
         raise UnsupportedError(reason)
-    if not node.outputs or node.op_type == "Constant":
+    if node.op_type == "Constant" or lowering.is_done(node) or decodes_weight(node):
         return
     if through_blocked(lowering, node):
         return

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     from effic.backends.tvm.lowering import Converter, Lowering
 
-CONVERTERS: dict[str, str] = {}
+CONVERTERS: dict[str, str] = {
+    "Gemm": "matmul:gemm",
+    "MatMul": "matmul:matmul",
+}
 """By operator; those of other domains as ``domain::operator``."""
 
 

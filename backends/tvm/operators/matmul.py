@@ -1,0 +1,323 @@
+"""MatMul and Gemm: on effic's kernels where one operand is a weight, or both are batches of matrices.
+
+An encoded weight goes to a kernel in its codes, a plain one in panels; what neither holds is left to
+TVM's own operator. An addition of constants and an activation that only this product feeds are part of
+the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax
+
+from effic.backends.ort.linear import Linear, read_linear
+from effic.backends.ort.scenes import EncodedInput, encoded_input
+from effic.backends.tvm.kernels.dense import BatchMatMul, DenseMatMul
+from effic.backends.tvm.kernels.quantized import Outliers, QuantizedMatMul
+from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
+from effic.backends.tvm.operators.encoded import as_matrix, fingerprint
+from effic.ir.encodings import Encoding, code_values
+from effic.ir.model import constant_array, constant_tensor, sole_consumer
+
+
+def matmul(lowering: Lowering, node: ir.Node) -> None:
+    """MatMul, NumPy's rules for operands of one axis and for batches."""
+    _product(lowering, node, Linear())
+
+
+def gemm(lowering: Lowering, node: ir.Node) -> None:
+    """Gemm: ``alpha * A' @ B' + beta * C``."""
+    _product(lowering, node, read_linear(node))
+
+
+def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
+    left, right = node.inputs[0], node.inputs[1]
+    turned = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
+    x = lowering.value(left)
+    if lowering.cpu is not None and not turned and dtype_of(x) in ("float32", "float16"):
+        tail = _Tail(lowering, node, linear)
+        result = _on_codes(lowering, x, right, linear, tail)
+        if result is None:
+            result = _on_panels(lowering, x, right, linear, tail)
+        if result is not None:
+            lowering.set(tail.output, result)
+            return
+        if node.op_type == "MatMul":
+            result = _on_batches(lowering, x, right)
+            if result is not None:
+                lowering.set(node.outputs[0], result)
+                return
+    lowering.set(node.outputs[0], _plain(lowering, node, x, linear, turned))
+
+
+def _plain(lowering: Lowering, node: ir.Node, x: Any, linear: Linear, turned: bool) -> Any:
+    """The product by TVM's own operators."""
+    emit = lowering.emit
+    w = lowering.value(node.inputs[1])
+    if turned:
+        x = emit(relax.op.permute_dims(x, [1, 0]))
+    if linear.transposed:
+        w = emit(relax.op.permute_dims(w, [1, 0]))
+    y = emit(relax.op.matmul(x, w))
+    dtype = dtype_of(y)
+    if linear.alpha != 1:
+        y = emit(relax.op.multiply(y, relax.const(linear.alpha, dtype)))
+    c = lowering.optional(node, 2)
+    if c is not None and linear.beta != 0:
+        if linear.beta != 1:
+            c = emit(relax.op.multiply(c, relax.const(linear.beta, dtype)))
+        y = emit(relax.op.add(y, c))
+    return y
+
+
+# -- what follows a product -----------------------------------------------------------------------
+
+
+@dataclass
+class _Tail:
+    """A bias and an activation that a kernel can take along, and the output they lead to.
+
+    Attributes:
+        output: what the kernel's result is the value of.
+        bias: ``[N]`` fp32, or None.
+        rest: Gemm's C where it is no bias of the kernel's, with its factor: added afterwards.
+        activation: ``relu`` or None.
+    """
+
+    lowering: Lowering
+    node: ir.Node
+    linear: Linear
+
+    def __post_init__(self) -> None:
+        self.output = self.node.outputs[0]
+        self.bias: np.ndarray | None = None
+        self.key: tuple[object, ...] = ()
+        self.rest: ir.Value | None = None
+        self.activation: str | None = None
+
+    def read(self, outputs: int, *, activations: bool) -> None:
+        """Look at what follows, once the kernel's N is known."""
+        c = self.node.inputs[2] if len(self.node.inputs) > 2 else None
+        if c is not None and self.linear.beta != 0:
+            self.bias = _row(c, outputs)
+            self.key = (id(constant_tensor(c)), self.linear.beta)
+            if self.bias is None:
+                self.rest = c
+                return
+            self.bias = self.bias * np.float32(self.linear.beta)
+        following = sole_consumer(self.output)
+        if (
+            self.bias is None
+            and following is not None
+            and following.op_type == "Add"
+            and not following.domain
+        ):
+            other = following.inputs[1 - _index(following, self.output)]
+            self.bias = None if other is self.output else _row(other, outputs)
+            if self.bias is not None:
+                self.key = (id(constant_tensor(other)), 1.0)
+                self.output = following.outputs[0]
+                following = sole_consumer(self.output)
+        if activations and following is not None and following.op_type == "Relu" and not following.domain:
+            self.activation = "relu"
+            self.output = following.outputs[0]
+
+    def finish(self, y: Any) -> Any:
+        """What the kernel could not take along."""
+        if self.rest is None:
+            return y
+        c, dtype = self.lowering.value(self.rest), dtype_of(y)
+        if self.linear.beta != 1:
+            c = self.lowering.emit(relax.op.multiply(c, relax.const(self.linear.beta, dtype)))
+        return self.lowering.emit(relax.op.add(y, c))
+
+
+def _index(node: ir.Node, value: ir.Value) -> int:
+    return 0 if node.inputs[0] is value else 1
+
+
+def _row(value: ir.Value | None, outputs: int) -> np.ndarray | None:
+    """A constant that is added to every row alike, as fp32 ``[N]``, or None."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.size not in (1, outputs) or tensor.dtype != ir.DataType.FLOAT:
+        return None
+    shape = tuple(tensor.shape.numpy())
+    if len(shape) > 1 and math.prod(shape[:-1]) != 1:
+        return None
+    if len(shape) > 2 or (shape and shape[-1] not in (1, outputs)):
+        return None
+    array = constant_array(value)
+    assert array is not None
+    return np.broadcast_to(array.reshape(-1), (outputs,)).astype(np.float32)
+
+
+# -- on effic's kernels ---------------------------------------------------------------------------
+
+
+def _rows(x: Any) -> tuple[tuple[int, ...], int] | None:
+    """The batch dimensions of an activation and their product, None where a size is open or there is none."""
+    shape = shape_of(x)
+    if not shape or not all(isinstance(d, int) for d in shape):
+        return None
+    return shape[:-1], math.prod(shape[:-1])
+
+
+def _run(lowering: Lowering, spec: Any, x: Any, packed: list[Any], lead: tuple[int, ...]) -> Any:
+    """Call a kernel of ``[M, K]`` and ``[M, N]`` on activations of any shape, fp16 through fp32."""
+    kind = dtype_of(x)
+    if kind != "float32":
+        x = lowering.emit(relax.op.astype(x, "float32"))
+    flat = x if len(lead) == 1 else lowering.emit(relax.op.reshape(x, (spec.m, spec.k)))
+    y = lowering.call(spec, [flat, *packed], (spec.m, spec.n), "float32")
+    if len(lead) != 1:
+        y = lowering.emit(relax.op.reshape(y, (*lead, spec.n)))
+    return y if kind == "float32" else lowering.emit(relax.op.astype(y, kind))
+
+
+def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear, tail: _Tail) -> Any | None:
+    """The product with an encoded weight, in its codes; None where no kernel holds it."""
+    weight, rows = encoded_input(right), _rows(x)
+    if weight is None or rows is None:
+        return None
+    k_axis = int(weight.transposed) ^ int(linear.transposed)
+    encoding = weight.encoding
+    form = read_form(encoding, k_axis)
+    if (
+        form is None
+        or 0 in (lead := rows[0])
+        or encoding.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    ):
+        return None
+    grouping, group, symmetric, bits = form
+    k, n = encoding.shape[k_axis], encoding.shape[1 - k_axis]
+    tail.read(n, activations=False)
+    spec = QuantizedMatMul(
+        m=rows[1],
+        k=k,
+        n=n,
+        bits=bits,
+        group_size=group,
+        grouping=grouping,
+        symmetric=symmetric,
+        activations=lowering.options.get("activations", "fp32"),
+        outliers=0 if encoding.outliers is None else len(encoding.outliers.values),
+        bias=tail.bias is not None,
+    )
+    if spec.why_not() is not None:
+        tail.output, tail.bias, tail.rest = tail.node.outputs[0], None, None
+        return None
+    key = (
+        "codes",
+        fingerprint(weight.value),
+        k_axis,
+        linear.alpha,
+        tail.key if tail.bias is not None else (),
+    )
+    packed = lowering.weights(key, weight.name, lambda: _pack(spec, weight, k_axis, linear.alpha, tail.bias))
+    return tail.finish(_run(lowering, spec, x, packed, lead))
+
+
+def read_form(encoding: Encoding, k_axis: int) -> tuple[Any, int, bool, int] | None:
+    """Grouping, group size, whether symmetric, and bits, as :class:`QuantizedMatMul` has them.
+
+    None where the codes are no matrix.
+    """
+    if not as_matrix(encoding):
+        return None
+    along_k = encoding.axis == k_axis
+    if encoding.block_size:
+        outputs = encoding.shape[encoding.axis]
+        group = -1 if encoding.block_size >= outputs else encoding.block_size
+        grouping = "oc" if along_k else "ic"
+    elif encoding.scales.ndim:
+        # Per channel: the axis numbers the channels.
+        group, grouping = -1, "ic" if along_k else "oc"
+    else:
+        group, grouping = -1, "oc"
+    symmetric = encoding.zero_points is None and encoding.codes.dtype.is_signed()
+    bits = next(width for width in (2, 3, 4, 8) if encoding.bits <= width)
+    return grouping, group, symmetric, bits
+
+
+def _pack(
+    spec: QuantizedMatMul, weight: EncodedInput, k_axis: int, alpha: float, bias: np.ndarray | None
+) -> list[np.ndarray]:
+    encoding = weight.encoding
+    codes = code_values(encoding)
+    codes = codes if k_axis == 0 else codes.T
+    scales = _per_group(spec, encoding.scales, encoding, k_axis).astype(np.float32)
+    zeros = encoding.zero_points
+    points = None if zeros is None else _per_group(spec, zeros, encoding, k_axis)
+    outliers = None
+    if encoding.outliers is not None:
+        first, second = np.divmod(encoding.outliers.indices, encoding.shape[1])
+        rows, columns = (first, second) if k_axis == 0 else (second, first)
+        outliers = Outliers(rows, columns, encoding.outliers.values.astype(np.float32) * np.float32(alpha))
+    return spec.pack(codes, scales * np.float32(alpha), points, outliers, bias)
+
+
+def _per_group(spec: QuantizedMatMul, values: np.ndarray, encoding: Encoding, k_axis: int) -> np.ndarray:
+    """Scales or zero points as ``[N, groups]`` (oc) or ``[K, groups]`` (ic)."""
+    if values.ndim == 0:
+        return np.broadcast_to(values, (spec.n, 1))
+    if values.ndim == 1:
+        return values.reshape(-1, 1)
+    channels_first = k_axis == (0 if spec.grouping == "ic" else 1)
+    return values if channels_first else values.T
+
+
+def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear, tail: _Tail) -> Any | None:
+    """The product with a plain constant matrix in panels; None where the kernel does not hold it."""
+    tensor, rows = constant_tensor(right), _rows(x)
+    if tensor is None or rows is None or 0 in rows[0] or tensor.dtype != ir.DataType.FLOAT:
+        return None
+    shape = tuple(tensor.shape.numpy())
+    if len(shape) != 2 or 0 in shape or right is None:
+        return None
+    k, n = (shape[1], shape[0]) if linear.transposed else shape
+    tail.read(n, activations=True)
+    identity = (id(tensor), linear.transposed, linear.alpha)
+    spec = DenseMatMul(rows[1], k, n, tail.bias is not None, tail.activation)
+    # Buckets share one packed weight: the first one's panels are the others' as well.
+    panel = lowering.shared.choices.setdefault(("panel", *identity), spec.columns)
+    spec = DenseMatMul(rows[1], k, n, tail.bias is not None, tail.activation, panel=panel)
+    key = ("panels", *identity, tail.key if tail.bias is not None else ())
+
+    def pack() -> list[np.ndarray]:
+        matrix = np.asarray(tensor.numpy())
+        matrix = matrix.T if linear.transposed else matrix
+        return spec.pack(matrix if linear.alpha == 1 else matrix * np.float32(linear.alpha), tail.bias)
+
+    packed = lowering.weights(key, right.name or "weight", pack)
+    return tail.finish(_run(lowering, spec, x, packed, rows[0]))
+
+
+def _on_batches(lowering: Lowering, x: Any, right: ir.Value | None) -> Any | None:
+    """The product of two activations of the same batch dimensions; None where the kernel does not hold it."""
+    if right is None:
+        return None
+    w = lowering.value(right)
+    left_shape, right_shape = shape_of(x), shape_of(w)
+    if dtype_of(x) != "float32" or dtype_of(w) != "float32" or min(len(left_shape), len(right_shape)) < 2:
+        return None
+    if left_shape[:-2] != right_shape[:-2] or not all(
+        isinstance(d, int) for d in (*left_shape, *right_shape)
+    ):
+        return None
+    *lead, m, k = left_shape
+    n = right_shape[-1]
+    spec = BatchMatMul(math.prod(lead), m, k, n)
+    if spec.why_not() is not None:
+        return None
+    three = [(spec.batch, m, k), (spec.batch, k, n)]
+    operands = [
+        one if shape_of(one) == shape else lowering.emit(relax.op.reshape(one, shape))
+        for one, shape in zip((x, w), three, strict=True)
+    ]
+    y = lowering.call(spec, operands, (spec.batch, m, n), "float32")
+    return y if len(lead) == 1 else lowering.emit(relax.op.reshape(y, (*lead, m, n)))

@@ -171,8 +171,9 @@ class DenseMatMul:
             with T.serial(full) as number:
                 tile.run(panel, number * rows, rows, sums, start, stop)
         else:
-            with T.serial(full * part // parts, full * (part + 1) // parts) as number:
-                tile.run(panel, number * rows, rows, sums, start, stop)
+            first = full * part // parts
+            with T.serial(full * (part + 1) // parts - first) as number:
+                tile.run(panel, (first + number) * rows, rows, sums, start, stop)
         if self.m is None:
             with T.serial(m % rows) as number:
                 tile.run(panel, full * rows + number, 1, sums, start, stop)

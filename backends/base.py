@@ -54,6 +54,8 @@ class Backend(abc.ABC):
     name: ClassVar[str]
     is_folder: ClassVar[bool] = False
     """Whether a build is a folder, made by a compiler, and not the model's own .onnx file."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Packages beside effic's own that decide what is built."""
 
     def __post_init__(self) -> None:
         for field, kind in options_of(type(self)):

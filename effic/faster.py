@@ -12,6 +12,7 @@ import numpy as np
 
 from effic.backends.base import Artifact, Backend
 from effic.bench import BenchResult, bench
+from effic.folder_build import pinned
 from effic.ir.errors import NotMeasuredError
 from effic.ir.evaluate import runnable_inputs
 from effic.ir.model import Model
@@ -78,7 +79,7 @@ class SpeedGuard:
         self._files = 0
         self._first = self._best = self._lowered(model)
         if self.inputs is None:
-            self.inputs, _ = runnable_inputs(model, self._first, self.seed)
+            self.inputs, _ = runnable_inputs(pinned(model, self.backend.sizes(model)), self._first, self.seed)
 
     def keep(self, before: Model, model: Model, item: Pass, step: Step) -> str | Instead | None:
         """Time a model after a pass; a reason to undo it, or the pass on fewer kinds of sites."""
@@ -146,8 +147,9 @@ class SpeedGuard:
 
     def _artifact(self, model: Model) -> Artifact:
         self._files += 1
-        path = os.path.join(self._scratch.folder, f"{self._files}.onnx")
-        model.save(path)
+        ending = "tvm" if self.backend.is_folder else "onnx"
+        path = os.path.join(self._scratch.folder, f"{self._files}.{ending}")
+        self.backend.build(model, path)
         return self.backend.load(path, threads=self.threads)
 
 

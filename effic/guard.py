@@ -153,13 +153,13 @@ class Guard:
             raise CheckFailedError(f"{step.text} costs too much: {reason}")
         return reason
 
-    def finish(self, model: Model) -> None:
-        """Score the finished, lowered model.
+    def finish(self, model: Model, run: Run | None = None) -> None:
+        """Score the finished, lowered model; ``run`` is how, where it is no ONNX file.
 
         Raises:
             CheckFailedError: it lost too much.
         """
-        self.after = self.score(_runner(model))
+        self.after = self.score(_runner(model) if run is None else run)
         if reason := self.why_not(self.after):
             raise CheckFailedError(f"the finished model lost too much: {reason}")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effic.faster import SpeedGuard
+from effic.folder_build import FolderBuild, check_build, folder_files, inputs_that_fit, pinned, refuse_output
 from effic.guard import Accuracy, Guard
 from effic.ir.cost import ModelCost, model_cost
 from effic.ir.errors import CheckFailedError, UsageError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from effic.backends.base import Backend
 
 Progress = Callable[[str, int, int], None]
+_PACKAGES = ("effic", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
 
 @dataclasses.dataclass
@@ -143,8 +145,8 @@ def optimize(
         source: an ``.onnx`` or ``.pt2`` file, a :class:`Model` (rewritten in place), or a torch
             module (needs ``example_inputs``).
         passes: text form, or pass objects; None is the preset ``default``.
-        output: the ``.onnx`` file to write; None writes nothing.
-        target: ``ort-cpu`` or ``portable``, with options: ``ort-cpu{accuracy_level=0}``.
+        output: the ``.onnx`` file to write (a folder for ``tvm-cpu``); None writes nothing.
+        target: ``ort-cpu``, ``portable`` or ``tvm-cpu``, with options: ``ort-cpu{accuracy_level=0}``.
         inputs: what to check the numbers on: arrays by name, or an ``.npz`` file; None takes the
             first calibration sample, or without one makes up seeded inputs.
         calib: data for the passes that need to see some: a file or folder, a function, arrays by
@@ -181,7 +183,9 @@ def optimize(
     backend = get_backend(target)
     _refuse_data(sequence, calib, calib_samples, calib_window)
     if output is not None:
-        _refuse_early(output, force)
+        _refuse_early(output, force or backend.is_folder, backend.is_folder)
+        if backend.is_folder:
+            refuse_output(backend, output, force, external)
     if resume:
         refuse(source, output, keep_if_faster)
     arrays = load_inputs(inputs) if isinstance(inputs, (str, os.PathLike)) else inputs
@@ -224,12 +228,14 @@ def optimize(
             _tell(progress, "running the original", 0, steps_in_all)
         if arrays is None and calibration is not None:
             arrays = next(calibration.feeds())
+        if backend.is_folder:
+            arrays = inputs_that_fit(backend, model, arrays, given=inputs is not None, seed=seed)
         make = Checker if unfinished is None else unfinished.checker
         checker = make(model, arrays, seed)
     guard = None
     if accuracy is not None:
         _tell(progress, "scoring the original", 0, steps_in_all)
-        guard = Guard.begin(model, accuracy, backend)
+        guard = Guard.begin(pinned(model, backend.sizes(model)), accuracy, backend)
     speed = None
     if keep_if_faster:
         _tell(progress, "timing the original", 0, steps_in_all)
@@ -255,13 +261,25 @@ def optimize(
         after = model_cost(model, shapes=after.shapes)
         lowered.bytes_after, lowered.nodes_after = after.weight_bytes, after.nodes
         lowered.parameters, lowered.macs = after.parameters, after.macs
+    folder = None
+    if backend.is_folder:
+        folder = FolderBuild(
+            backend,
+            model,
+            None if dry_run else output,
+            None if checker is None else checker.inputs,
+            lambda text, *_: _tell(progress, f"{target}: {text}", len(sequence), steps_in_all),
+        )
+        folder.note(lowered)
     verdict, distance = "not checked", None
     if checker is not None and canonical is not None:
         _tell(progress, "running the result", len(sequence) + 1, steps_in_all)
-        verdict, distance = _check_result(model, canonical, checker, sequence, lowered, check)
+        verdict, distance = _check_result(
+            model, canonical, checker, sequence, lowered, check, backend, folder
+        )
     if guard is not None:
         _tell(progress, "scoring the result", len(sequence) + 1, steps_in_all)
-        guard.finish(model)
+        guard.finish(model, None if folder is None else folder.load().run)
     if speed is not None:
         _tell(progress, "timing the result", len(sequence) + 1, steps_in_all)
         speed.finish(model)
@@ -278,7 +296,8 @@ def optimize(
             calibration=None if calibration is None else _samples(calibration, calib_samples, calib_window),
             inputs=file_digest(inputs) if isinstance(inputs, (str, os.PathLike)) else None,
         )
-        put_build(model, build)
+        if folder is None:
+            put_build(model, build)
     if output is not None and not dry_run:
         sizes = [0]
         # An older record goes when its model is about to be replaced, so that none speaks of another model.
@@ -288,13 +307,11 @@ def optimize(
             sizes[0] = total
             _tell(progress, f"saving, {100 * done // max(total, 1)} %", steps_in_all, steps_in_all)
 
-        model.save(
-            output,
-            force=force,
-            external=external,
-            progress=saved,
-            before_commit=lambda: stale.unlink(missing_ok=True),
-        )
+        forget = lambda: stale.unlink(missing_ok=True)  # noqa: E731
+        if folder is None:
+            model.save(output, force=force, external=external, progress=saved, before_commit=forget)
+        else:
+            sizes[0] = folder.keep(output, build if digests is not None else None, force=force, before=forget)
         written, output_bytes = os.fspath(output), sizes[0]
     report = Report(
         source=model.origin.path or f"a model from {model.origin.front_end}",
@@ -313,16 +330,16 @@ def optimize(
         output=written,
         file_bytes=(input_bytes, output_bytes),
         seconds=time.perf_counter() - began,
-        versions={p: version(p) for p in ("effic", "onnx", "onnx-ir", "onnxruntime", "numpy")},
+        versions={p: version(p) for p in (*_PACKAGES, *backend.packages)},
         calibration=None if calibration is None else calibration.to_dict(),
         accuracy=None if guard is None else guard.to_dict(),
         speed=None if speed is None else speed.to_dict(),
         model=model,
     )
     if digests is not None and output is not None:
-        saved_files = _source_files(read_onnx(output))
+        saved_files = _source_files(read_onnx(output)) if folder is None else folder_files(output)
         paths = {"source": model.origin.path, "calib": _path(calib), "inputs": _path(inputs)}
-        write_record(output, build, paths=paths, files=saved_files, measured=_measured(report))
+        write_record(output, build, paths=paths, files=saved_files, measured=measured(report))
     if unfinished is not None and written is not None:
         unfinished.remove()
     return report
@@ -338,7 +355,7 @@ def _path(source: Any) -> str | None:
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
 
 
-def _measured(report: Report) -> dict[str, Any]:
+def measured(report: Report) -> dict[str, Any]:
     """The figures of a report that its record keeps."""
     row = report.to_dict()
     kept = ("before", "after", "verdict", "distance", "file_bytes", "seconds", "accuracy", "speed")
@@ -413,11 +430,23 @@ def _lower(model: Model, backend: Backend, cost: ModelCost) -> Step:
 
 
 def _check_result(
-    model: Model, canonical: Model, checker: Checker, sequence: Sequence[Pass], lowered: Step, check: Check
+    model: Model,
+    canonical: Model,
+    checker: Checker,
+    sequence: Sequence[Pass],
+    lowered: Step,
+    check: Check,
+    backend: Backend,
+    folder: FolderBuild | None,
 ) -> tuple[str, Distance]:
     """Run the finished model as its users will, with the runtime's own optimisation."""
-    got = Oracle(model, optimized=True).run(checker.inputs)
-    if lowered.changed and check == "each":
+    if folder is not None:
+        known = checker.outputs if check == "each" else None
+        lowered.verdict, lowered.distance = check_build(folder, canonical, backend, checker.inputs, known)
+        got = folder.outputs or {}
+    else:
+        got = Oracle(model, optimized=True).run(checker.inputs)
+    if folder is None and lowered.changed and check == "each":
         lowered.distance = compare_outputs(checker.outputs, got)
         lowered.verdict = judge(lowered.distance, Numerics.LOSSY, 0.0)
         if lowered.verdict.startswith("broken"):
@@ -445,13 +474,13 @@ def _file_tolerance(model: Model, sequence: Sequence[Pass]) -> float:
     return rounding_tolerance(model) * max(1, rounding)
 
 
-def _refuse_early(output: str | os.PathLike[str], force: bool) -> None:
+def _refuse_early(output: str | os.PathLike[str], force: bool, folder_wanted: bool) -> None:
     """Say what would stop the saving before the work is done, not after it."""
     path = os.fspath(output)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} for the output does not exist; make it first")
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not folder_wanted:
         raise UsageError(f"the output {path} is a folder; name a file in it")
     if os.path.exists(path) and not force:
         raise UsageError(f"the output {path} exists; give --force to write over it")

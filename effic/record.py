@@ -39,6 +39,7 @@ WHOLE_BYTES = 256 << 20
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 _MOST_RECORD_BYTES = 64 << 20
+_OF_TVM = ("apache-tvm", "apache-tvm-ffi")
 _PACKAGES = ("effic", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 
 
@@ -115,7 +116,7 @@ def versions(passes: Sequence[str] = (), target: str = "") -> dict[str, str]:
         passes, target: text forms; the packages of those that are plug-ins decide too.
     """
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *(_OF_TVM if target.startswith("tvm-") else ())):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

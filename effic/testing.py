@@ -19,7 +19,8 @@ from typing import Any
 
 from effic.backends import get_backend
 from effic.backends.base import Backend
-from effic.ir.evaluate import Distance, compare_outputs
+from effic.folder_build import pinned
+from effic.ir.evaluate import Distance, compare_outputs, seeded_inputs
 from effic.ir.model import Model
 from effic.ir.verify import problems
 from effic.passes.base import CalibratedPass, Numerics, Pass, Remark, Remarks, options_of
@@ -181,7 +182,8 @@ def check_target(target: Backend, model: Model, *, least_sqnr_db: float = 30.0) 
     _expect(bool(inspect.cleandoc(cls.__doc__ or "")), f"the target {cls.name} has no docstring")
     _check_help(cls)
     _expect(get_backend(target.text) == target, f"{target.text} leads to another target")
-    checker, ends = Checker(model), _ends(model)
+    sizes = target.sizes(model)
+    checker, ends = Checker(model, seeded_inputs(pinned(model, sizes)) if sizes else None), _ends(model)
     remarks = Remarks()
     target.lower(model, remarks)
     model.forget_names()
@@ -193,8 +195,8 @@ def check_target(target: Backend, model: Model, *, least_sqnr_db: float = 30.0) 
     target.lower(model, Remarks())
     _expect(fingerprint(model) == mark, f"lowering for {target.text} a second time changes the model")
     with tempfile.TemporaryDirectory(prefix="effic-") as folder:
-        path = Path(folder) / "lowered.onnx"
-        model.save(path)
+        path = Path(folder) / ("lowered" if target.is_folder else "lowered.onnx")
+        target.build(model, path)
         got: Mapping[str, Any] = target.load(path).run(checker.inputs)
     distance = compare_outputs(checker.original, got)
     verdict = judge(distance, Numerics.LOSSY, 0.0)

@@ -73,6 +73,9 @@ REASONS = 8
 @click.option(
     "--report", "report_file", metavar="JSON", help="Write all that was done and measured to this file."
 )
+@click.option(
+    "--html", metavar="FILE", help="Write a report for people as one HTML file that needs no network."
+)
 @click.option("--force", is_flag=True, help="Allow writing over an existing file, the input included.")
 @click.option(
     "--external-data/--single-file",
@@ -113,6 +116,7 @@ def optimize(
     print_after: tuple[str, ...],
     dump_dir: str | None,
     report_file: str | None,
+    html: str | None,
     force: bool,
     external_data: bool | None,
     record: bool,
@@ -170,6 +174,7 @@ def optimize(
     _known(print_after, options["passes"])
     _writable(report_file, "report", model, output)
     _folder(dump_dir)
+    _html(html, output, model, dry_run, force)
     with console.progress(quiet or as_json) as bar:
         task = None if bar is None else bar.add_task("reading", total=None)
 
@@ -192,10 +197,16 @@ def optimize(
         )
     if report_file is not None:
         _write_whole(Path(report_file), json.dumps(console.plain(report.to_dict()), indent=1))
+    if html is not None:
+        from effic.report import report_run
+
+        page = report_run(report, html, force=True)  # what it may write over was settled before the work
     if as_json:
         console.print_json(report.to_dict())
     elif not quiet:
         _print(report, dry_run, report_file)
+        if html is not None:
+            console.print_result(f"wrote {html} ({console.size(page.bytes)})")
 
 
 def _choose(passes: str | None, preset: str | None, recipe: str | None) -> dict[str, Any]:
@@ -276,6 +287,19 @@ def _folder(dump_dir: str | None) -> None:
 
     if dump_dir is not None and Path(dump_dir).exists() and not Path(dump_dir).is_dir():
         raise UsageError(f"--dump-dir {dump_dir} is a file; name a folder")
+
+
+def _html(html: str | None, output: str | None, model: str, dry_run: bool, force: bool) -> None:
+    """Refuse a report that could not be written before the work is done."""
+    from effic.ir.errors import UsageError
+
+    if html is None:
+        return
+    if output is None or dry_run:
+        raise UsageError("--html shows the file that was written; give -o out.onnx, without --dry-run")
+    from effic.report.job import check_html
+
+    check_html(html, model, output, force=force)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 # make demo   optimize the model that ships with effic (installs the core only)
 # make test   all tests
 # make check  lint, format, types
+# make site   the documentation as a site, in out/site
 # make bench  the tables of benchmarks/ (long)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ PIP = -m pip --disable-pip-version-check install --quiet --constraint constraint
 CORE = .venv-core/bin
 DEV = .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check site bench clean
 
 demo: .venv-core/installed
 	@mkdir -p out
@@ -26,6 +27,9 @@ check: .venv/installed
 	rm -rf build
 	$(DEV)/python $(PIP) --no-deps --target build/types .
 	cd build/types && ../../$(DEV)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p effic
+
+site: .venv/installed
+	$(DEV)/python -m mkdocs build --strict
 
 bench: .venv/installed
 	$(DEV)/python -m benchmarks

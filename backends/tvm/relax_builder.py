@@ -29,13 +29,14 @@ from effic.backends.tvm.lowering import (
 )
 from effic.backends.tvm.operators import find_converter, through_blocked
 from effic.backends.tvm.operators.encoded import compressed_steps, decodes_weight
-from effic.backends.tvm.private_api import IMPORTER_ERRORS, convert_by_importer, importer_knows
+from effic.backends.tvm.operators.importer import by_importer
+from effic.backends.tvm.private_api import IMPORTER_ERRORS, importer_knows
 from effic.backends.tvm.specialize import Dims, open_dims, parse_shapes, specialize
 from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.evaluate import first_line
 from effic.ir.model import ONNX_DOMAINS, Model
 
-_MAX_NAMED = 5
+_MAX_NAMED, _MAX_SAID = 5, 160
 
 
 @dataclass(frozen=True)
@@ -338,34 +339,9 @@ def convert(lowering: Lowering, node: ir.Node) -> None:
     by_importer(lowering, node)
 
 
-def by_importer(lowering: Lowering, node: ir.Node) -> None:
-    """Lower one node by the importer's converter."""
-    for value in node.outputs:
-        if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
-            lowering.refuse(node, "makes a sequence or an optional value")
-    reads_sizes = node.op_type in _READ_SIZES
-    inputs = [
-        None if v is None else lowering.value(v) if reads_sizes else lowering.tensor(v) for v in node.inputs
-    ]
-    results = convert_by_importer(lowering.bb, node, inputs, node.version or lowering.opset)
-    read = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
-    if any(read[len(results) :]):
-        lowering.refuse(node, f"has {len(read)} outputs, of which TVM's converter makes {len(results)}")
-    for value, result, used in zip(node.outputs, results, read, strict=False):
-        if used:
-            lowering.set(value, result)
-
-
-# Operators whose converters in the importer take a shape as it is, not only as a tensor.
-_READ_SIZES = {
-    "Cast", "CastLike", "Concat", "ConstantOfShape", "Equal", "Expand", "Gather", "Reshape", "Resize",
-    "Shape", "Slice", "Squeeze", "Where",
-}  # fmt: skip
-
-
 def _said(error: BaseException) -> str:
     """What TVM says, without its stack of C++ frames."""
-    text = str(error).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # InternalError ends in what was checked; the frames come before.
-    return first_line(ValueError(lines[-1] if lines else type(error).__name__))
+    lines = [line.strip() for line in str(error).splitlines()]
+    # Printed Relax, which names what an error is about, comes in lines of its own.
+    told = [line for line in lines if line and not line.startswith(("#", "@", "from ", "R.", "import "))]
+    return first_line(ValueError(told[-1] if told else type(error).__name__))[:_MAX_SAID]

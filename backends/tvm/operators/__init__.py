@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from effic.backends.tvm.lowering import Converter, Lowering
 
 CONVERTERS: dict[str, str] = {
+    "Gather": "indexing:gather",
     "Gemm": "matmul:gemm",
     "MatMul": "matmul:matmul",
+    "Slice": "indexing:slice_",
 }
 """By operator; those of other domains as ``domain::operator``."""
 

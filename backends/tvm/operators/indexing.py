@@ -1,0 +1,114 @@
+"""Slices and look-ups. TVM's own converters take neither omitted axes nor indices out of range."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax
+
+from effic.backends.ort.scenes import encoded_input
+from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
+from effic.backends.tvm.operators.encoded import as_matrix, gather_rows
+from effic.backends.tvm.operators.importer import by_importer
+
+_FAR = (1 << 31) - 1
+
+
+def slice_(lowering: Lowering, node: ir.Node) -> None:
+    """Slice with constant bounds, also backwards."""
+    x = lowering.value(node.inputs[0])
+    if isinstance(x.ty, relax.ShapeType):
+        by_importer(lowering, node)
+        return
+    shape = shape_of(x)
+    starts, ends, axes, steps = _bounds(lowering, node)
+    axes = [axis + len(shape) if axis < 0 else axis for axis in axes]
+    begins, stops, strides, backwards = [], [], [], []
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        size = shape[axis]
+        if not isinstance(size, int):
+            if start < 0 or step != 1 or -_FAR < end < _FAR:
+                lowering.refuse(node, f"cuts axis {axis}, whose size is left open; pin it with shapes")
+            begins.append(start)
+            stops.append(_FAR)
+            strides.append(1)
+            continue
+        taken = range(size)[slice(start, end, step)]
+        if not len(taken):
+            lowering.refuse(node, "has an empty result")
+        if step < 0:
+            backwards.append(axis)
+            taken = taken[::-1]
+        begins.append(taken.start)
+        stops.append(taken[-1] + 1)
+        strides.append(taken.step)
+    y = lowering.emit(relax.op.strided_slice(x, axes, begins, stops, strides))
+    for axis in backwards:
+        y = lowering.emit(relax.op.flip(y, axis))
+    lowering.set(node.outputs[0], y)
+
+
+def _bounds(lowering: Lowering, node: ir.Node) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Starts, ends, axes and steps, which were attributes before opset 10."""
+
+    def given(index: int, name: str) -> list[int] | None:
+        if name in node.attributes:
+            return [int(number) for number in node.attributes[name].as_ints()]
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            return None
+        array = lowering.array(value)
+        if array is None:
+            lowering.refuse(node, f"takes its {name} from the inputs' values")
+        return [int(number) for number in array.reshape(-1)]
+
+    starts, ends = given(1, "starts"), given(2, "ends")
+    if starts is None or ends is None:
+        lowering.refuse(node, "has no starts or ends")
+    axes, steps = given(3, "axes"), given(4, "steps")
+    return starts, ends, axes or list(range(len(starts))), steps or [1] * len(starts)
+
+
+def gather(lowering: Lowering, node: ir.Node) -> None:
+    """Gather: a constant index is a slice; an encoded table is decoded row by row."""
+    table, ids = node.inputs[0], node.inputs[1]
+    axis = node.attributes.get_int("axis", 0)
+    weight = encoded_input(table)
+    if weight is not None and not weight.transposed and axis == 0 and as_matrix(weight.encoding):
+        encoding = weight.encoding
+        if encoding.outliers is None and lowering.array(ids) is None:
+            rows = gather_rows(lowering, weight.value, encoding, weight.name, lowering.tensor(ids))
+            lowering.set(node.outputs[0], rows)
+            return
+    x = lowering.value(table)
+    if isinstance(x.ty, relax.ShapeType):
+        by_importer(lowering, node)
+        return
+    shape = shape_of(x)
+    axis += len(shape) if axis < 0 else 0
+    known, size = lowering.array(ids), shape[axis]
+    if not isinstance(size, int):
+        lowering.refuse(node, f"picks along axis {axis}, whose size is left open; pin it with shapes")
+    if known is None:
+        lowering.set(node.outputs[0], take(lowering, x, lowering.tensor(ids), axis, size))
+        return
+    if known.size and (known.min() < -size or known.max() >= size):
+        lowering.refuse(node, f"picks past the end of axis {axis}, which has {size} entries")
+    known = np.where(known < 0, known + size, known).astype(np.int64)
+    if known.size == 1:
+        at = int(known.reshape(-1)[0])
+        y = lowering.emit(relax.op.strided_slice(x, [axis], [at], [at + 1]))
+        result = (*shape[:axis], *known.shape, *shape[axis + 1 :])
+        lowering.set(node.outputs[0], lowering.emit(relax.op.reshape(y, result)))
+        return
+    indices = relax.const(known)
+    lowering.set(node.outputs[0], relax.op.take(x, indices, axis, mode="clip"))
+
+
+def take(lowering: Lowering, x: object, ids: object, axis: int, size: int) -> object:
+    """Entries along an axis; an index below zero counts from the end, one out of range reads the nearest."""
+    dtype = dtype_of(ids)
+    if not dtype.startswith("uint"):
+        below = lowering.emit(relax.op.less(ids, relax.const(0, dtype)))
+        ids = lowering.emit(relax.op.where(below, relax.op.add(ids, relax.const(size, dtype)), ids))
+    return lowering.emit(relax.op.take(x, ids, axis, mode="clip"))

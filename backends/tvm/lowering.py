@@ -104,6 +104,7 @@ class Lowering:
         opset: version of the standard operators.
         options: options of the target that converters may heed (``activations``), by name.
         shared: parameters and kernels of all functions of the module.
+        called: names of the kernels called so far, in order.
         variables: the parameters that this function takes, by name, in the order of its arguments.
     """
 
@@ -119,6 +120,7 @@ class Lowering:
         self.opset = model.opset
         self.options = dict(options or {})
         self.shared = shared
+        self.called: list[str] = []
         self.variables: dict[str, Any] = {}
         self._plain: dict[ir.Value, Any] = {}
         self._blocked: dict[ir.Value, tuple[Any, int]] = {}
@@ -251,6 +253,7 @@ class Lowering:
         The function is added to the module once per spec. It is opaque: nothing is fused into it.
         """
         assert self.cpu is not None, "the kernels of a GPU are called by other means"
+        self.called.append(spec.name)
         found = self.shared.kernels.get(spec.name)
         if found is None:
             function = spec.prim_func(self.cpu).with_attr("op_pattern", _OPAQUE)

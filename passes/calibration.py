@@ -81,7 +81,11 @@ class Calibration:
         count: how many there are.
         progress: called with what is being done, how far it is and how far it goes; may be replaced.
         plans: what each walk since the list was last emptied was expected to take.
+        share: part of the weights that a pass is tried on, 1 in earnest; a pass that chooses its way by how
+            much there is to do has to choose as for all of them.
     """
+
+    share: float = 1.0
 
     def __init__(self, samples: Samples, progress: Progress | None = None) -> None:
         self._samples = samples

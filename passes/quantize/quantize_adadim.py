@@ -96,7 +96,7 @@ class QuantizeAdaDim(CalibratedPass, WeightOnly):
         unseen = {site: calibration.why_not(site) for site in self.sites(model, remarks)}
         seen = [site for site, reason in unseen.items() if reason is None]
         judged, reasons = self._judge_blocks(model, calibration, seen)
-        exact = self._exact(seen)
+        exact = self._exact(seen, calibration.share)
         moment, sketch = exact or self.base == "gptq", self.sketch * (not exact and self.base == "rtn")
         worker = self._compensator()
         walk = calibration.walk(model, seen, second_moment=moment, sketch=sketch, remarks=remarks)
@@ -128,10 +128,10 @@ class QuantizeAdaDim(CalibratedPass, WeightOnly):
     def _compensator(self) -> Compensator:
         return Compensator(percdamp=self.percdamp, blocksize=self.blocksize, act_order=self.act_order)
 
-    def _exact(self, sites: Sequence[WeightSite]) -> bool:
-        """Whether weights are judged by all that is known of their inputs."""
+    def _exact(self, sites: Sequence[WeightSite], share: float) -> bool:
+        """Whether weights are judged by all that is known of their inputs; ``share``: of all the sites."""
         work = sum(4.0 * site.elements * site.shape_oi[1] for site in sites)
-        return self.sketch == 0 or work <= _EXACT_WORK
+        return self.sketch == 0 or work <= _EXACT_WORK * share
 
     def _judge_blocks(
         self, model: Model, calibration: Calibration, sites: Sequence[WeightSite]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     "--reference", metavar="ONNX", help="The original.  [default: what the records name, if it is there]"
 )
 @metric_options
+@click.option("--inputs", metavar="NPZ", help="Compare outputs with the original on these, without --metric.")
 @click.option("--time", "timed", is_flag=True, help="Time each output beside the original.")
 @click.option("--threads", type=int, metavar="N", help="Threads for those timings.  [default: 1]")
 @click.option("--force", is_flag=True, help="Allow writing over an existing report.")
@@ -30,6 +31,7 @@ def report(
     outputs: tuple[str, ...],
     html: str | None,
     reference: str | None,
+    inputs: str | None,
     timed: bool,
     threads: int | None,
     force: bool,
@@ -42,7 +44,8 @@ def report(
     Bytes, time and error pass by pass, where the bytes are, a table of all weights, the graph around
     any node, before and after. All comes from the outputs, their records (out.effic.json) and the
     original. Several outputs are set beside each other by size and quality: by --metric on --data,
-    else by the metric their builds recorded, else by their outputs' distance from the original's.
+    else by the metric their builds recorded, else by their outputs' distance from the original's (on
+    --inputs, or made-up ones).
 
     \b
     Examples:
@@ -70,6 +73,7 @@ def report(
             path,
             reference=reference,
             accuracy=wanted,
+            inputs=inputs,
             timed=timed,
             threads=1 if threads is None else threads,
             force=force,

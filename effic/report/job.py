@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from effic.bench import bench, machine
 from effic.guard import Accuracy, Guard
 from effic.ir.errors import NotMeasuredError, UsageError
-from effic.ir.evaluate import Oracle
+from effic.ir.evaluate import Oracle, load_inputs
 from effic.ir.whole_files import write_whole
 from effic.report.gather import Output, Source, match_sites, read_output, read_source
 from effic.report.graph import graph_of
@@ -26,6 +28,10 @@ Progress = Callable[[str, int, int], None]
 
 _SEEDED_SETS = 4
 _TURNS = 15
+_MADE_UP = (
+    f"compared with the original on {_SEEDED_SETS} sets of made-up inputs; what was calibrated on real data can "
+    "look far worse on them than it is (give --inputs, or --metric and --data)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +60,22 @@ class ReportWritten:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measures:
+    """What is measured for a report: a metric, or distances on some inputs; times, where threads are given."""
+
+    accuracy: Accuracy | None = None
+    inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None
+    threads: int | None = None
+
+
 def report(
     outputs: Sequence[str | os.PathLike[str]],
     html: str | os.PathLike[str],
     *,
     reference: str | os.PathLike[str] | None = None,
     accuracy: Accuracy | None = None,
+    inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None = None,
     timed: bool = False,
     threads: int = 1,
     force: bool = False,
@@ -72,6 +88,8 @@ def report(
         html: the file to write.
         reference: the original; the one that all records name, where it is still there, when None.
         accuracy: a metric and its data, to score every output and the original by.
+        inputs: arrays by name, or an ``.npz`` file, to compare outputs and original on where no metric is
+            known of all of them; made-up ones when None.
         timed: time each output beside the original, in turns.
         threads: threads within one operator, for those timings.
         force: allow writing over an existing file.
@@ -84,7 +102,7 @@ def report(
         NotMeasuredError: a score or time was asked for and could not be taken.
     """
     _refuse(outputs, html, reference, force)
-    if (timed or accuracy is not None) and threads < 1:
+    if threads < 1:
         raise UsageError(f"threads is {threads}; it must be at least 1")
     found, originals = [], []
     steps = len(outputs) + 2
@@ -97,9 +115,16 @@ def report(
     if reference is None:
         reference = _common(originals, notes)
     source = None if reference is None else read_source(reference)
-    if source is None and (timed or accuracy is not None):
-        raise UsageError("scores and times are taken beside the original; name it with --reference")
-    return _write(found, source, html, notes, accuracy, threads if timed else None, progress)
+    if source is None and (timed or accuracy is not None or inputs is not None):
+        raise UsageError(
+            "scores, distances and times are taken beside the original; name it with --reference"
+        )
+    if inputs is not None and accuracy is not None:
+        raise UsageError(
+            "inputs do nothing beside a metric, which has data of its own; leave one of them out"
+        )
+    measures = _Measures(accuracy, inputs, threads if timed else None)
+    return _write(found, source, html, notes, measures, progress)
 
 
 def report_run(
@@ -130,7 +155,7 @@ def report_run(
     there = run.source.endswith(".onnx") and os.path.isfile(run.source)
     overwritten = there and os.path.samefile(run.source, run.output)
     source = read_source(run.source) if there and not overwritten else None
-    return _write([output], source, html, notes, None, None, progress)
+    return _write([output], source, html, notes, _Measures(), progress)
 
 
 def check_html(html: str | os.PathLike[str], *models: str | os.PathLike[str], force: bool = False) -> None:
@@ -185,8 +210,7 @@ def _write(
     source: Source | None,
     html: str | os.PathLike[str],
     notes: list[str],
-    accuracy: Accuracy | None,
-    threads: int | None,
+    measures: _Measures,
     progress: Progress | None,
 ) -> ReportWritten:
     steps = len(outputs) + 2
@@ -200,10 +224,10 @@ def _write(
                 progress, f"comparing weights of {name}, {done} of {of}", at, steps
             ),
         )
-    if threads is not None and source is not None:
-        _time(outputs, source, threads, progress)
+    if measures.threads is not None and source is not None:
+        _time(outputs, source, measures.threads, progress)
     _tell(progress, "measuring the outputs", steps - 2, steps)
-    quality = _quality(outputs, source, accuracy, notes)
+    quality = _quality(outputs, source, measures, notes)
     _tell(progress, "writing the page", steps - 1, steps)
     title = ", ".join(output.source.name for output in outputs[:4]) + (
         f" and {len(outputs) - 4} more" if len(outputs) > 4 else ""
@@ -267,23 +291,27 @@ def _time(outputs: list[Output], source: Source, threads: int, progress: Progres
 
 
 def _quality(
-    outputs: list[Output], source: Source | None, accuracy: Accuracy | None, notes: list[str]
+    outputs: list[Output], source: Source | None, measures: _Measures, notes: list[str]
 ) -> dict[str, Any] | None:
     """Give every output a figure of one kind, and say which; None and why in the notes where there is none."""
-    if accuracy is not None and source is not None:
-        return _score(outputs, source, accuracy)
+    if measures.accuracy is not None and source is not None:
+        return _score(outputs, source, measures.accuracy)
     recorded = [output.accuracy for output in outputs]
     first = recorded[0]
-    if first is not None and all(row is not None and row[:3] == first[:3] for row in recorded):
+    if (
+        measures.inputs is None
+        and first is not None
+        and all(row is not None and row[:3] == first[:3] for row in recorded)
+    ):
         for output, row in zip(outputs, recorded, strict=True):
             output.quality = None if row is None else row[3]
         return {"title": first[0], "unit": "", "how": "as recorded by the builds", "reference": first[2]}
-    if len(outputs) == 1:
+    if len(outputs) == 1 and measures.inputs is None:
         return None  # what its record says of the distance is shown with the passes
     if source is None:
         notes.append("Without the original, nothing tells how good the outputs are beside each other.")
         return None
-    return _distances(outputs, source, notes)
+    return _distances(outputs, source, measures.inputs, notes)
 
 
 def _score(outputs: list[Output], source: Source, accuracy: Accuracy) -> dict[str, Any]:
@@ -302,13 +330,21 @@ def _data_name(data: Any) -> str:
     return Path(data).name if isinstance(data, (str, os.PathLike)) else "the data"
 
 
-def _distances(outputs: list[Output], source: Source, notes: list[str]) -> dict[str, Any] | None:
-    """The outputs' signal-to-noise ratio beside the original's, on inputs made up from one seed."""
+def _distances(
+    outputs: list[Output],
+    source: Source,
+    inputs: str | os.PathLike[str] | Mapping[str, np.ndarray] | None,
+    notes: list[str],
+) -> dict[str, Any] | None:
+    """The outputs' signal-to-noise ratio beside the original's."""
     from effic.compare import compare
 
+    arrays = load_inputs(inputs) if isinstance(inputs, (str, os.PathLike)) else inputs
     for output in outputs:
         try:
-            rows = compare(source.path, output.source.path, count=_SEEDED_SETS).outputs.values()
+            rows = compare(
+                source.path, output.source.path, inputs=inputs, count=_SEEDED_SETS
+            ).outputs.values()
         except (NotMeasuredError, UsageError) as error:
             output.notes.append(f"Its outputs could not be compared with the original's: {error}.")
             continue
@@ -323,7 +359,7 @@ def _distances(outputs: list[Output], source: Source, notes: list[str]) -> dict[
     return {
         "title": "SQNR of the outputs",
         "unit": "dB",
-        "how": f"compared with the original on {_SEEDED_SETS} sets of made-up inputs",
+        "how": _MADE_UP if inputs is None else f"compared with the original on {_data_name(inputs)}",
         "reference": None,
     }
 

@@ -73,7 +73,7 @@ function passesTable(output) {
       el("li", null, named(remark.where), count > 1 ? ` and ${count - 1} more` : "", `: ${visible(remark.text)}`))));
   };
   return [table("All passes, in order", [["pass", "wide"], ["changed", "figure"], ["left alone", ""], ["weights", "figure"], ["nodes", "figure"],
-    ["outputs", ""], ["score", "figure"], ["time", "figure"]],
+    ["outputs", "middle"], ["score", "figure"], ["time", "figure"]],
   output.passes.map((row) => ({
     attributes: { class: row.rolled_back ? "undone" : null },
     cells: [
@@ -140,7 +140,17 @@ document.getElementById("theme").addEventListener("click", () => {
   const names = Object.keys(THEMES);
   setTheme(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
 });
-window.addEventListener("beforeprint", () => sitesTable.beforePrint && sitesTable.beforePrint());
-window.addEventListener("afterprint", () => sitesTable.afterPrint && sitesTable.afterPrint());
+
+// A sheet between its margins is about this wide, whatever the window was (A4 at 96 dots an inch, less 28 mm).
+const SHEET = 680;
+const charts = () => document.querySelectorAll(".js-plotly-plot");
+window.addEventListener("beforeprint", () => {
+  if (sitesTable.beforePrint) sitesTable.beforePrint();
+  charts().forEach((box) => Plotly.relayout(box, { width: SHEET }));
+});
+window.addEventListener("afterprint", () => {
+  if (sitesTable.afterPrint) sitesTable.afterPrint();
+  charts().forEach((box) => Plotly.relayout(box, { width: null, autosize: true }));
+});
 show();
 document.documentElement.dataset.ready = "yes";

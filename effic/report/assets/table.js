@@ -33,6 +33,7 @@ function compareKeys(a, b) {
 }
 
 function sitesTable(sites, choose) {
+  sitesTable.beforePrint = sitesTable.afterPrint = null;
   if (!sites.length) return [el("p", null, "The model has no weights of the operators that passes work on.")];
   const state = { column: 8, down: true, page: 0, text: "", kind: "", method: "", bits: "", missed: false, chosen: null };
   const found = () => {

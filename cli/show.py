@@ -22,12 +22,26 @@ SPARSE = 0.9
 @click.command()
 @click.argument("model", type=click.Path())
 @click.option("--top", default=10, show_default=True, help="How many operators and nodes to list.")
+@click.option(
+    "--target", metavar="TEXT", help="Tell how a target that compiles would run it: 'tvm-cpu{shapes=…}'."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, nothing left out.")
-def show(model: str, top: int, as_json: bool) -> None:
+def show(model: str, top: int, target: str | None, as_json: bool) -> None:
     """What is in MODEL: operators, sizes, weight sites and encodings, and what costs most.
 
-    MACs are multiply-adds of one run, each dynamic dimension counted as 1.
+    MACs are multiply-adds of one run, each dynamic dimension counted as 1. With --target, how many nodes of
+    each operator run on effic's kernels, are lowered otherwise, or cannot be (exit code 1). MODEL may be
+    the folder of a build for tvm-cpu: its manifest is printed.
     """
+    from effic.backends.tvm.manifest import is_artifact
+    from effic.cli.show_tvm import print_artifact, print_coverage
+
+    if target is not None:
+        print_coverage(model, target, as_json)
+        return
+    if is_artifact(model):
+        print_artifact(model, as_json)
+        return
     from effic.show import inspect_model
 
     shown = inspect_model(model)

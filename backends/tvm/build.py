@@ -30,7 +30,7 @@ from effic.ir.memory import peak_memory, reset_peak_memory
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 from effic.ir.safetensors_format import write_safetensors
-from effic.passes.base import Remark
+from effic.passes.base import Remark, Remarks
 
 if TYPE_CHECKING:
     from effic.backends.tvm.cpu import Cpu
@@ -88,16 +88,15 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     model = read_onnx(request["model"])
     backend: TvmCpu = get_backend(request["target"])  # type: ignore[assignment]
     _need_compiler()
-    import tvm
-
     from effic.backends.tvm.relax_builder import build_relax
+    from effic.backends.tvm.schedule.pipeline import compile_module
 
     cpu, folder = backend.cpu(), request["folder"]
     clock.stage("lowering")
     module, parameters, signature = build_relax(model, cpu, backend.shapes, backend.converter_options)
     clock.stage("compiling")
-    with cpu.target():
-        executable = tvm.compile(module, cpu.target(), relax_pipeline=_pipeline(cpu))
+    executable, naive = compile_module(module, cpu)
+    del module
     clock.stage("linking")
     library = os.path.join(folder, LIBRARY)
     executable.export_library(library)
@@ -105,8 +104,8 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     taken = {name for bucket in signature.buckets for name in bucket.parameters}
     weights = os.path.join(folder, PARAMETERS)
     write_safetensors(weights, {name: parameters[name] for name in sorted(taken)})
-    remarks = [{"kind": r.kind, "where": r.where, "text": r.text} for r in _remarks(module)]
-    del module, parameters
+    remarks = [{"kind": r.kind, "where": r.where, "text": r.text} for r in _remarks(signature, naive)]
+    del parameters
     manifest = _manifest(folder, model, backend, cpu, signature, request["source"])
     manifest.write(folder)
     names: list[str] = []
@@ -150,14 +149,19 @@ def _need_compiler() -> None:
         )
 
 
-def _pipeline(cpu: Cpu) -> Any:
-    from tvm import relax
-
-    return relax.get_default_pipeline(cpu.target())
-
-
-def _remarks(module: Any) -> list[Remark]:
-    return []
+def _remarks(signature: Signature, naive: Mapping[str, str]) -> list[Remark]:
+    """What each node of the first bucket became, and which functions have no schedule."""
+    remarks = Remarks()
+    for way in signature.ways:
+        where = f"{way.op} '{way.node}'"
+        if way.kernels:
+            remarks.passed(where, f"runs on effic's {', '.join(way.kernels)}")
+        else:
+            whose = "effic's" if way.by == "effic" else "TVM's"
+            remarks.passed(where, f"lowered by {whose} converter, fused and scheduled")
+    for name, reason in naive.items():
+        remarks.missed(name, f"left as naive loops: {reason}")
+    return remarks.items
 
 
 def _manifest(

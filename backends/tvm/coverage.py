@@ -7,10 +7,10 @@ from typing import Any
 
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.relax_builder import Uncovered, try_bucket
-from effic.backends.tvm.specialize import open_dims, parse_shapes
+from effic.backends.tvm.specialize import Dims, open_dims, parse_shapes
 from effic.ir.model import Model
 
-__all__ = ["Uncovered", "coverage"]
+__all__ = ["Uncovered", "coverage", "sizes_to_try"]
 
 # Sizes tried where none are given: an axis that is first, and any other.
 _FIRST, _OTHER = 1, 16
@@ -28,6 +28,11 @@ def coverage(
         model: it is not changed.
         cpu, shapes, options: see :func:`effic.backends.tvm.relax_builder.build_relax`.
     """
+    return try_bucket(model, sizes_to_try(model, shapes), cpu, options)
+
+
+def sizes_to_try(model: Model, shapes: str = "") -> Dims:
+    """Sizes of all open dimensions: those of the first set in ``shapes``, small ones for the others."""
     tried = {name: _FIRST if 0 in axes else _OTHER for name, axes in open_dims(model).items()}
     buckets = parse_shapes(shapes)
-    return try_bucket(model, {**tried, **(buckets[0] if buckets else {})}, cpu, options)
+    return {**tried, **(buckets[0] if buckets else {})}

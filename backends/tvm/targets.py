@@ -17,6 +17,7 @@ from effic.passes.base import Remarks, option
 
 if TYPE_CHECKING:
     from effic.backends.tvm.cpu import Cpu
+    from effic.backends.tvm.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ class TvmCpu(Backend):
         refuse_uncovered(coverage(model, cpu, self.shapes, self.converter_options))
         buckets_of(model, cpu, self.shapes, self.converter_options)
         return model
+
+    def survey(self, model: Model) -> Survey:
+        """How each operator of a model would be run, and what cannot be; nothing is compiled."""
+        cpu = self.cpu()
+        from effic.backends.tvm.survey import survey
+
+        return survey(model, self.text, cpu, self.shapes, self.converter_options)
 
     def build(
         self,

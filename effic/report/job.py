@@ -343,7 +343,7 @@ def _distances(
     for output in outputs:
         try:
             rows = compare(
-                source.path, output.source.path, inputs=inputs, count=_SEEDED_SETS
+                source.path, output.source.path, inputs=arrays, count=_SEEDED_SETS
             ).outputs.values()
         except (NotMeasuredError, UsageError) as error:
             output.notes.append(f"Its outputs could not be compared with the original's: {error}.")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def bench(
     a: str, b: str | None, inputs: str | None, seed: int, threads: int, repeats: int, as_json: bool
 ) -> None:
-    """Time A in ONNX Runtime, or A against B.
+    """Time A, or A against B: an .onnx file in ONNX Runtime, the folder of a build in TVM.
 
     Two models are timed in turns, so that what else the machine does hits both alike. The figure to
     trust is the speedup: the median, over the turns, of A's time by B's, with its quartiles. Where

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ import numpy as np
 from effic.ir.errors import UsageError
 
 if TYPE_CHECKING:
-    from effic.backends.base import Artifact
+    from effic.backends.artifact import Artifact
+    from effic.backends.tvm.manifest import Manifest
 
 # One figure covers at least this long, so that the clock and the call do not show in it.
 _BATCH_SECONDS = 5e-3
@@ -92,7 +93,7 @@ def bench(
     """Time a model, or one against another.
 
     Args:
-        a, b: model files, or artifacts already loaded.
+        a, b: model files, folders built for TVM, or artifacts already loaded.
         inputs: arrays by name; None makes up seeded ones that fit A.
         threads: threads within one operator, for files that are opened here.
         repeats: turns each model gets; a turn is a batch of runs of at least 5 ms.
@@ -109,7 +110,7 @@ def bench(
         raise UsageError("repeats and threads must be at least 1, warmup at least 0")
     opened = [_open(item, threads) for item in ((a,) if b is None else (a, b))]
     artifacts = [artifact for artifact, _ in opened]
-    feeds = dict(inputs) if inputs is not None else _made_up(artifacts[0], seed)
+    feeds = dict(inputs) if inputs is not None else _made_up(artifacts, seed)
     batches = [_runs_per_batch(artifact, feeds, warmup) for artifact in artifacts]
     seconds: list[list[float]] = [[] for _ in artifacts]
     for turn in range(repeats):
@@ -136,7 +137,7 @@ def bench(
         repeats=repeats,
         inputs={name: f"{array.dtype}{list(array.shape)}" for name, array in feeds.items()},
         machine=machine(),
-        versions={package: version(package) for package in ("effic", "onnxruntime", "numpy")},
+        versions={package: version(package) for package in _packages(artifacts)},
     )
 
 
@@ -158,18 +159,41 @@ def _processor() -> str:
 def _open(item: str | os.PathLike[str] | Artifact, threads: int) -> tuple[Artifact, float]:
     if not isinstance(item, (str, os.PathLike)):
         return item, 0.0
-    from effic.backends.ort.artifact import OrtArtifact
+    from effic.folder_build import load_artifact
 
     began = time.perf_counter()
-    artifact = OrtArtifact.load(item, threads=threads)
+    artifact = load_artifact(item, threads)
     return artifact, time.perf_counter() - began
 
 
-def _made_up(artifact: Artifact, seed: int) -> dict[str, np.ndarray]:
+def _packages(artifacts: Sequence[Artifact]) -> Iterator[str]:
+    yield "effic"
+    if any(_manifest(artifact) is None for artifact in artifacts):
+        yield "onnxruntime"
+    if any(_manifest(artifact) is not None for artifact in artifacts):
+        yield "apache-tvm"
+    yield "numpy"
+
+
+def _manifest(artifact: Artifact) -> Manifest | None:
+    found: Manifest | None = getattr(artifact, "manifest", None)
+    return found
+
+
+def _made_up(artifacts: Sequence[Artifact], seed: int) -> dict[str, np.ndarray]:
+    """Inputs that all of them take: a build for fixed sizes decides where there is one."""
+    from effic.backends.tvm.manifest import made_up
+    from effic.folder_build import pinned_to
     from effic.ir.evaluate import runnable_inputs
     from effic.ir.onnx_format import read_onnx
 
-    inputs, _ = runnable_inputs(read_onnx(artifact.path), artifact, seed)
+    fixed = next((found for found in map(_manifest, artifacts) if found is not None), None)
+    free = next((one for one in artifacts if _manifest(one) is None), None)
+    if free is None and fixed is not None:
+        return made_up(fixed, seed)
+    first = artifacts[0] if free is None else free
+    model = read_onnx(first.path)
+    inputs, _ = runnable_inputs(model if fixed is None else pinned_to(model, fixed), first, seed)
     return inputs
 
 

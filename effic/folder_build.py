@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from effic.backends.artifact import Artifact
 from effic.backends.base import Backend, Tell
-from effic.backends.tvm.manifest import MANIFEST, read_manifest
+from effic.backends.tvm.manifest import MANIFEST, Manifest, read_manifest
 from effic.ir.errors import CheckFailedError, UsageError
 from effic.ir.evaluate import Distance, Oracle, compare_outputs, rounding_tolerance, seeded_inputs
 from effic.ir.model import Model
@@ -137,6 +137,28 @@ def pinned(model: Model, sizes: Mapping[str, int]) -> Model:
                     for axis, dim in enumerate(value.shape)
                 ]
             )
+    return copy
+
+
+def load_artifact(path: str | os.PathLike[str], threads: int = 1) -> Artifact:
+    """A model file in ONNX Runtime, or a folder that was built for TVM."""
+    if os.path.isdir(path):
+        from effic.backends.tvm.artifact import TvmArtifact
+
+        return TvmArtifact.load(path, threads=threads)
+    from effic.backends.ort.artifact import OrtArtifact
+
+    return OrtArtifact.load(path, threads=threads)
+
+
+def pinned_to(model: Model, manifest: Manifest, bucket: int = 0) -> Model:
+    """The model with the input shapes of a build's bucket."""
+    shapes = {port.name: s for port, s in zip(manifest.inputs, manifest.buckets[bucket].inputs, strict=True)}
+    copy = model.clone()
+    for value in copy.graph.inputs:
+        wanted = shapes.get(value.name or "")
+        if wanted is not None and value.shape is not None and len(wanted) == len(value.shape):
+            value.shape = ir.Shape(wanted)
     return copy
 
 

@@ -55,6 +55,8 @@ def compare(
 ) -> None:
     """How far the outputs of B lie from those of A, on the same inputs.
 
+    Each is an .onnx file or the folder of a build for tvm-cpu.
+
     With --metric both are scored on --data as well, A being the reference.
 
     Exits with 1 when a bound is broken, when an output has another shape or type, or when B yields

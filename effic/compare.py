@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from effic.backends.tvm.artifact import TvmArtifact
+from effic.backends.tvm.manifest import is_artifact, made_up, read_manifest
+from effic.folder_build import model_of, pinned_to
 from effic.guard import Accuracy, Guard
 from effic.ir.errors import NotMeasuredError, UsageError
 from effic.ir.evaluate import (
@@ -147,7 +150,7 @@ def compare(
     """Run two ONNX files on the same inputs and measure how far their outputs lie apart.
 
     Args:
-        a: the reference.
+        a: the reference: an ONNX file, or the folder of a build for TVM.
         b: the other.
         inputs: arrays by input name, or an ``.npz`` file of them; seeded random ones by default.
         seed: of the first set of seeded inputs; the next ones count up.
@@ -163,15 +166,13 @@ def compare(
         InvalidModelError: a file is broken.
         NotMeasuredError: a model cannot be run.
     """
-    models = read_onnx(a), read_onnx(b)
-    _same_inputs(*models, a, b)
-    comparison = Comparison(
-        os.fspath(a),
-        os.fspath(b),
-        "ONNX Runtime, graphs as written" if as_written else "ONNX Runtime, default optimisation",
-        "",
+    folders = is_artifact(a), is_artifact(b)
+    models = tuple(
+        model_of(read_manifest(p)) if f else read_onnx(p) for p, f in zip((a, b), folders, strict=True)
     )
-    runs = _FileOracle(Path(a), optimized=not as_written), _FileOracle(Path(b), optimized=not as_written)
+    _same_inputs(*models, a, b)
+    runs = _opened(a, folders[0], as_written), _opened(b, folders[1], as_written)
+    comparison = Comparison(os.fspath(a), os.fspath(b), _engine(folders, as_written), "")
     pairs = _paired_outputs(*runs, comparison)
     results: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
     if inputs is not None:
@@ -185,7 +186,11 @@ def compare(
         # The model with more fixed sizes decides the inputs: the other one accepts them too.
         first = min((0, 1), key=lambda i: _dynamic_dims(models[i]))
         for number in range(seed, seed + count):
-            arrays, mine = runnable_inputs(models[first], runs[first], number)
+            if folders[0] and folders[1]:
+                arrays = made_up(read_manifest(a), number)
+                mine = runs[first].run(arrays)
+            else:
+                arrays, mine = runnable_inputs(_deciding(models, folders, (a, b)), runs[first], number)
             other = runs[1 - first].run(arrays)
             results.append((mine, other) if first == 0 else (other, mine))
     reference = {name: _stack([left[name] for left, _ in results]) for name in pairs}
@@ -199,7 +204,7 @@ def compare(
     for name, distance in comparison.outputs.items():
         comparison.broken += (bounds or Bounds()).broken_by(name, distance)
     if accuracy is not None:
-        guard = Guard.scored(accuracy, models[0], runs[0].run)
+        guard = Guard.scored(accuracy, _deciding(models, folders, (a, b)), runs[0].run)
         guard.after = guard.score(runs[1].run)
         comparison.accuracy = guard.to_dict()
         if reason := guard.why_not(guard.after):
@@ -214,6 +219,32 @@ class _FileOracle(Oracle):
         self._session = start_session(str(path), optimized=optimized)
         self.inputs = [item.name for item in self._session.get_inputs()]
         self.outputs = [item.name for item in self._session.get_outputs()]
+
+
+def _opened(path: str | os.PathLike[str], folder: bool, as_written: bool) -> Oracle | TvmArtifact:
+    return TvmArtifact.load(path) if folder else _FileOracle(Path(path), optimized=not as_written)
+
+
+def _engine(folders: tuple[bool, bool], as_written: bool) -> str:
+    """How both were run, as a phrase."""
+    runtime = "ONNX Runtime, graphs as written" if as_written else "ONNX Runtime, default optimisation"
+    if folders[0] and folders[1]:
+        return "TVM"
+    return (
+        f"{runtime} ({'B' if folders[0] else 'A'}), TVM ({'A' if folders[0] else 'B'})"
+        if any(folders)
+        else runtime
+    )
+
+
+def _deciding(
+    models: tuple[Model, ...], folders: tuple[bool, bool], paths: tuple[str | os.PathLike[str], ...]
+) -> Model:
+    """The model that tells which inputs fit both: a build has fixed sizes, a file knows what indexes what."""
+    if folders[0] == folders[1]:
+        return models[min((0, 1), key=lambda i: _dynamic_dims(models[i]))]
+    built = folders.index(True)
+    return pinned_to(models[1 - built], read_manifest(paths[built]))
 
 
 def _same_inputs(a: Model, b: Model, path_a: Any, path_b: Any) -> None:
@@ -257,7 +288,9 @@ def _dynamic_dims(model: Model) -> int:
     )
 
 
-def _paired_outputs(a: Oracle, b: Oracle, comparison: Comparison) -> dict[str, str]:
+def _paired_outputs(
+    a: Oracle | TvmArtifact, b: Oracle | TvmArtifact, comparison: Comparison
+) -> dict[str, str]:
     if set(a.outputs) == set(b.outputs):
         return {name: name for name in a.outputs}
     if len(a.outputs) == len(b.outputs):

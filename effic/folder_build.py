@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from effic.backends.artifact import Artifact
 from effic.backends.base import Backend, Tell
-from effic.backends.tvm.manifest import MANIFEST, Manifest, read_manifest
+from effic.backends.tvm.manifest import MANIFEST, Manifest, Port, read_manifest
 from effic.ir.errors import CheckFailedError, UsageError
 from effic.ir.evaluate import Distance, Oracle, compare_outputs, rounding_tolerance, seeded_inputs
 from effic.ir.model import Model
@@ -160,6 +160,25 @@ def pinned_to(model: Model, manifest: Manifest, bucket: int = 0) -> Model:
         if wanted is not None and value.shape is not None and len(wanted) == len(value.shape):
             value.shape = ir.Shape(wanted)
     return copy
+
+
+def model_of(manifest: Manifest) -> Model:
+    """A model without nodes that has a build's inputs and outputs, to tell what goes in and comes out."""
+
+    def values(ports: Sequence[Port], shapes: Sequence[Sequence[int | str]]) -> list[ir.Value]:
+        return [
+            ir.Value(
+                name=port.name,
+                type=ir.TensorType(ir.DataType.from_numpy(np.dtype(port.dtype))),
+                shape=ir.Shape(shape),
+            )
+            for port, shape in zip(ports, shapes, strict=True)
+        ]
+
+    first = manifest.buckets[0]
+    inputs, outputs = values(manifest.inputs, first.inputs), values(manifest.outputs, first.outputs)
+    graph = ir.Graph(inputs, outputs, nodes=[], opset_imports={"": 21}, name="build")
+    return Model(ir.Model(graph, ir_version=10))
 
 
 def inputs_that_fit(

@@ -32,12 +32,19 @@ def scheduled(function: Any, cpu: Cpu) -> Any:
     root = inlined.body
     blocks = blocks_of(root)
     if blocks is None:
-        body = replace_calls(function.body)
         done = done.with_attr(NAIVE, "it is not made of plain boxes of loops")
-        return done.with_body(body)
+        return done.with_body(replace_calls(root))
     parts = [tirx.AllocBuffer(buffer) for buffer in root.block.alloc_buffers]
     parts += [nest(block, cpu) for block in blocks]
-    return done.with_body(replace_calls(sequence(parts)))
+    return done.with_body(rooted(replace_calls(sequence(parts))))
+
+
+def rooted(body: Any) -> Any:
+    """A body inside a root block, as TVM's passes expect of every function."""
+    if isinstance(body, s_tir.SBlockRealize):
+        return body
+    block = s_tir.SBlock([], [], [], "root", body)
+    return s_tir.SBlockRealize([], True, block)
 
 
 def _inline(function: Any) -> Any:

@@ -1,0 +1,76 @@
+"""Walks along a row: vectors of 16, several at a time, and a narrower last one; sums of lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from effic.backends.tvm.kernels.lanes import LANES
+
+MIN_PARALLEL_ELEMENTS = 16384
+"""Elements below which waking the other threads costs more than it gives."""
+
+
+def indices(T: Any, start: Any, width: int) -> Any:
+    """``width`` indices in a row: a vector, or one number."""
+    return start if width == 1 else T.ramp(start, 1, width)
+
+
+def wide(T: Any, value: Any, width: int) -> Any:
+    """A scalar in ``width`` lanes."""
+    value = T.float32(value) if isinstance(value, (int, float)) else value
+    return value if width == 1 else T.broadcast(value, width)
+
+
+def walk(T: Any, length: int, unroll: int, step: Callable[[int, Any, int], None]) -> None:
+    """Call ``step(slot, start, width)`` so that the pieces cover ``length``.
+
+    ``slot`` < ``unroll`` names the accumulator: neighbours have different ones, so that a chain of
+    additions does not wait for itself.
+    """
+    block = unroll * LANES
+    if length >= block:
+        with T.serial(length // block) as number:
+            for slot in range(unroll):
+                step(slot, number * block + slot * LANES, LANES)
+    done = length // block * block
+    slot = 0
+    while done < length:
+        width = min(LANES, length - done)
+        step(slot, done, width)
+        done, slot = done + width, slot + 1
+
+
+def partials(T: Any, count: int, start: float) -> Any:
+    """``count`` vectors of partial results that live in registers, all lanes ``start``."""
+    buffer = T.alloc_buffer((count * LANES,), "float32", scope="local")
+    for slot in range(count):
+        T.buffer_store(buffer, wide(T, start, LANES), [indices(T, slot * LANES, LANES)])
+    return buffer
+
+
+def keep(T: Any, value: Any, width: int) -> Any:
+    """A value that is used more than once, in a register.
+
+    A bound name would do, but TVM puts its expression back where it is used, and names that occur inside of
+    it would then be defined twice.
+    """
+    buffer = T.alloc_buffer((width,), "float32", scope="local")
+    T.buffer_store(buffer, value, [indices(T, 0, width)])
+    return buffer[indices(T, 0, width)]
+
+
+def fold(T: Any, buffer: Any, count: int, combine: Callable[[Any, Any], Any]) -> Any:
+    """All lanes of the partial results as one scalar, by halves."""
+    whole = [buffer[indices(T, slot * LANES, LANES)] for slot in range(count)]
+    while len(whole) > 1:
+        whole = [
+            combine(*whole[i : i + 2]) if i + 1 < len(whole) else whole[i] for i in range(0, len(whole), 2)
+        ]
+    T.buffer_store(buffer, whole[0], [indices(T, 0, LANES)])
+    width = LANES
+    while width > 1:
+        width //= 2
+        low, high = indices(T, 0, width), indices(T, width, width)
+        T.buffer_store(buffer, combine(buffer[low], buffer[high]), [low])
+    return buffer[0]

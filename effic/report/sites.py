@@ -14,14 +14,25 @@ import onnx_ir as ir
 
 from effic.ir.encodings import ENCODING_KEY
 from effic.ir.errors import UnsupportedError
-from effic.ir.model import Model, noted_text
+from effic.ir.model import Model, constant_tensor, noted_text
 from effic.ir.weights import KINDS, WeightSite, weight_sites
+from effic.measure_graph import Constants
 from effic.report.graph import node_name
 from effic.report.rows import PassRow, RemarkRow, number
-from effic.show import Shown
+from effic.show import Shown, dtype_text
 
 _DESCRIBED = re.compile(r"\w+ '(.*)'", re.S)
 _KERNELS = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+_INTEGER_PRODUCTS = {
+    "ConvInteger": 1,
+    "DynamicQuantizeMatMul": 1,
+    "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1,
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+}
+"""Operators that multiply by a weight of integers, and which of their inputs that is."""
+
 # Elements of a weight whose difference is taken at once: 16 MB in float64.
 _BLOCK = 1 << 21
 
@@ -76,7 +87,7 @@ class Stored:
     shape: tuple[int, int]
     nodes: list[str]
     storage: str
-    bits: float
+    bits: float | None
     group: int | None
     bytes: int
     why_not: str | None
@@ -84,16 +95,16 @@ class Stored:
 
 
 def stored_sites(model: Model, shown: Shown) -> list[Stored]:
-    """The weights of a model in the order of the file."""
+    """The weights of a model in the order of the file, those in the forms of kernels last."""
     sites = {site.name: site for site in weight_sites(model)}
-    kernels = {}
+    kernels: dict[str | None, list[ir.Node]] = {}
     for node in model.nodes(*_KERNELS, domain="com.microsoft"):
         codes = node.inputs[_KERNELS[node.op_type]]
         if codes is not None:
             kernels.setdefault(codes.name, []).append(node)
-    found = []
+    found: list[Stored] = []
     for row in shown.sites:
-        site = sites.get(row.name) if row.kind in KINDS else None
+        site = sites.pop(row.name, None) if row.kind in KINDS else None
         nodes = [node_name(use.node) for use in site.uses] if site is not None else []
         name, bits, group = row.name, row.bits, None
         if site is not None and site.encoding is not None:
@@ -102,14 +113,99 @@ def stored_sites(model: Model, shown: Shown) -> list[Stored]:
             bits = float(site.dtype.bitwidth)
         elif row.name in kernels:
             node = kernels[row.name][0]
-            name, nodes = _weight(node) or row.name, [node_name(each) for each in kernels[row.name]]
+            name, nodes = _notes(node).get("weight") or row.name, [node_name(n) for n in kernels[row.name]]
             bits, group = float(_integer(node, "bits", 4)), _integer(node, "block_size", 128)
         found.append(
             Stored(
                 name, row.kind, row.shape_oi, nodes, row.storage, bits, group, row.bytes, row.why_not, site
             )
         )
+    constants, inner = Constants(model), set()
+    for site in sites.values():
+        if constants.is_derived(site.value.producer()):
+            found.append(_decoded(site, constants, inner))
+    found += _integer_products(model)
+    return _merged([each for each in found if each.name not in inner])
+
+
+def _decoded(site: WeightSite, constants: Constants, inner: set[str]) -> Stored:
+    """A weight that is computed from codes when the file is loaded, as lowering writes it out.
+
+    Args:
+        site: the computed value as a weight.
+        constants: of the model.
+        inner: gets the names of the constants it is computed from.
+    """
+    total, seen, todo = 0, set[int](), [site.value]
+    largest, notes = 0, dict[str, Any]()
+    name, stored = site.name, ""
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        node, tensor = value.producer(), constant_tensor(value)
+        if tensor is not None:
+            total += tensor.nbytes
+            inner.add(value.name or "")
+            if tensor.nbytes > largest:
+                largest, name, stored = tensor.nbytes, value.name or name, dtype_text(tensor.dtype)
+        elif node is not None:
+            notes = notes or _notes(node)
+            todo += [each for each in node.inputs if each is not None]
+    return Stored(
+        notes.get("weight") or name,
+        site.kind,
+        site.shape_oi if site.shape else (0, 0),
+        [node_name(use.node) for use in site.uses],
+        f"{stored}, decoded when loaded" if stored else "computed when loaded",
+        float(notes.get("bits") or 0) or None,
+        notes.get("group_size"),
+        total,
+        None,
+        None,
+    )
+
+
+def _integer_products(model: Model) -> list[Stored]:
+    """Weights of operators that multiply integers."""
+    found = []
+    for node in model.nodes(*_INTEGER_PRODUCTS, domain=None):
+        index = _INTEGER_PRODUCTS[node.op_type]
+        value = node.inputs[index] if index < len(node.inputs) else None
+        tensor = constant_tensor(value)
+        if value is None or tensor is None:
+            continue
+        shape = tensor.shape.numpy()
+        # Products of matrices have them as [in, out], convolutions as [out, in, …].
+        rows = shape[0] if "Conv" in node.op_type else shape[-1]
+        parts = (constant_tensor(each) for each in node.inputs)
+        found.append(
+            Stored(
+                _notes(node).get("weight") or value.name or "?",
+                node.op_type,
+                (rows, tensor.size // max(1, rows)),
+                [node_name(node)],
+                dtype_text(tensor.dtype),
+                float(tensor.dtype.bitwidth),
+                None,
+                sum(part.nbytes for part in parts if part is not None),
+                None,
+                None,
+            )
+        )
     return found
+
+
+def _merged(found: list[Stored]) -> list[Stored]:
+    """One row for the parts that lowering split a weight into, which it notes the weight's name at."""
+    rows: dict[str, Stored] = {}
+    for each in found:
+        first = rows.setdefault(each.name, each)
+        if first is not each:
+            first.bytes += each.bytes
+            first.nodes = list(dict.fromkeys([*first.nodes, *each.nodes]))
+    return list(rows.values())
 
 
 def site_rows(
@@ -152,6 +248,8 @@ def site_rows(
         taken.add(id(row))
         row.node_after = new.nodes[0] if new.nodes else None
         row.stored, row.bytes_after, row.bits, row.group = new.storage, new.bytes, new.bits, new.group
+        if not row.rows:
+            row.rows, row.columns = new.shape
         if new.kind in KINDS:
             row.reason = new.why_not
         by_name.setdefault(new.name, (row, new))
@@ -177,9 +275,8 @@ def _hear(passes: Iterable[PassRow], names: dict[str, Site], nodes: dict[str, Si
             if row is None:
                 continue
             sentence = f"{item.name}: {remark.text}"
-            if remark.kind == "missed":
-                # Later passes may do what an earlier one could not; what was done last counts.
-                row.reason = sentence
+            if remark.kind == "missed" and row.method is None:
+                row.reason = sentence  # until a later pass does what this one could not
             else:
                 row.done.append(sentence)
                 _note(row, remark)
@@ -237,13 +334,17 @@ def weight_sqnr(old: WeightSite, new: WeightSite) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _weight(node: ir.Node) -> str | None:
-    """The name a weight had before it took the form of a kernel, as lowering notes it."""
+def _notes(node: ir.Node) -> dict[str, Any]:
+    """What lowering notes of an encoding that it gave another form: ``weight``, ``bits``, ``group_size``."""
     try:
         notes: Any = json.loads(node.metadata_props.get(ENCODING_KEY, "null"))
     except (ValueError, RecursionError):
-        return None
-    return noted_text(notes.get("weight")) if isinstance(notes, dict) else None
+        return {}
+    if not isinstance(notes, dict):
+        return {}
+    kinds = {"bits": int, "group_size": int}
+    found = {key: notes[key] for key, kind in kinds.items() if type(notes.get(key)) is kind}
+    return {**found, "weight": noted_text(notes.get("weight"))}
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

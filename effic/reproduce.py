@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from effic.backends.tvm.manifest import MANIFEST
+from effic.folder_build import folder_files
 from effic.ir.errors import UsageError
 from effic.ir.model import Model, constant_tensor
 from effic.ir.onnx_format import read_onnx
+from effic.ir.whole_folder import WholeFolder
 from effic.measure import external_files
 from effic.optimize import optimize
 from effic.record import FileDigest, file_digest, read_record, versions
@@ -160,8 +163,10 @@ def _other_versions(then: Mapping[str, str], now: Mapping[str, str]) -> list[str
 def _differences(data: dict[str, Any], made: Path, folder: Path) -> list[str]:
     """What differs between the recorded output and the new one; empty when not a bit does."""
     wanted = {entry["name"]: entry for entry in data["output"]["files"]}
-    model = read_onnx(made)
-    files = {path.name: path for path in (*external_files(model), made)}
+    model = None if made.is_dir() else read_onnx(made)
+    files = {
+        path.name: path for path in (folder_files(made) if model is None else (*external_files(model), made))
+    }
     found = []
     for name in sorted({*wanted, *files}):
         if name not in files:
@@ -174,7 +179,7 @@ def _differences(data: dict[str, Any], made: Path, folder: Path) -> list[str]:
             if (digest.sha256, digest.bytes) != (entry["sha256"], entry["bytes"]):
                 found.append(f"{name} differs: {digest.bytes} bytes now, {entry['bytes']} then")
     old = folder / data["output"]["name"]
-    if found and old.is_file():
+    if found and model is not None and old.is_file():
         found += _inside(read_onnx(old), model)
     return found
 
@@ -220,6 +225,12 @@ def _equal(a: Any, b: Any) -> bool:
 def _keep(made: Path, output: Path, force: bool) -> None:
     if output.exists() and not force:
         raise UsageError(f"the output {output} exists; give --force to write over it")
+    if made.is_dir():
+        with WholeFolder(output) as place:
+            for file in folder_files(made):
+                shutil.copy(file, place.path)
+            place.commit(mark=MANIFEST, force=force)
+        return
     model = read_onnx(made)
     if output.name == made.name:
         for file in external_files(model):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from effic.backends.tvm.lowering import Converter, Lowering
 
 CONVERTERS: dict[str, str] = {
+    "Conv": "convolution:conv",
     "Gather": "indexing:gather",
     "Gemm": "matmul:gemm",
     "MatMul": "matmul:matmul",
@@ -41,6 +42,6 @@ def through_blocked(lowering: Lowering, node: ir.Node) -> bool:
     """
     if not any(lowering.is_blocked(value) for value in node.inputs):
         return False
-    from effic.backends.tvm.operators.convolution import convert_blocked
+    from effic.backends.tvm.operators.blocked import convert_blocked
 
     return convert_blocked(lowering, node)

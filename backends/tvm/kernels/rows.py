@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tvm import tirx
+
 from effic.backends.tvm.kernels.lanes import LANES
+from effic.backends.tvm.kernels.vector_math import share
 
 MIN_PARALLEL_ELEMENTS = 16384
 """Elements below which waking the other threads costs more than it gives."""
@@ -67,10 +70,22 @@ def fold(T: Any, buffer: Any, count: int, combine: Callable[[Any, Any], Any]) ->
         whole = [
             combine(*whole[i : i + 2]) if i + 1 < len(whole) else whole[i] for i in range(0, len(whole), 2)
         ]
-    T.buffer_store(buffer, whole[0], [indices(T, 0, LANES)])
-    width = LANES
-    while width > 1:
+    # Halves of a value, not of the buffer: a load narrower than the store before it is slow to generate.
+    value, width = whole[0], LANES
+    while width > 2:
         width //= 2
-        low, high = indices(T, 0, width), indices(T, width, width)
-        T.buffer_store(buffer, combine(buffer[low], buffer[high]), [low])
-    return buffer[0]
+        value = share(
+            value,
+            lambda v, width=width: combine(
+                tirx.op.vectorlow(f"float32x{width}", v), tirx.op.vectorhigh(f"float32x{width}", v)
+            ),
+        )
+    pair = keep_pair(T, value)
+    return keep(T, combine(pair[0], pair[1]), 1)
+
+
+def keep_pair(T: Any, value: Any) -> Any:
+    """A buffer with the two lanes of a value."""
+    buffer = T.alloc_buffer((2,), "float32", scope="local")
+    T.buffer_store(buffer, value, [indices(T, 0, 2)])
+    return buffer

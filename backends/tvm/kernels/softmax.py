@@ -83,7 +83,7 @@ class Softmax:
 
         def power(slot: int, start: Any, width: int) -> None:
             at, here = indices(T, slot * LANES, width), indices(T, start, width)
-            value = keep(T, vector_math.exp(x[row, here] - wide(T, top, width)), width)
+            value = keep(T, vector_math.exp_below_one(x[row, here] - wide(T, top, width)), width)
             if not self.log:
                 T.buffer_store(y, value, [row, here])
             T.buffer_store(sums, sums[at] + value, [at])
@@ -122,7 +122,7 @@ class Softmax:
         with T.serial(self.columns) as c:
             T.buffer_store(top, T.max(top[own], x[row, c, here]), [own])
         with T.serial(self.columns) as c:
-            value = keep(T, vector_math.exp(x[row, c, here] - top[own]), width)
+            value = keep(T, vector_math.exp_below_one(x[row, c, here] - top[own]), width)
             if not self.log:
                 T.buffer_store(y, value, [row, c, here])
             T.buffer_store(total, total[own] + value, [own])

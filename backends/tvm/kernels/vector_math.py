@@ -126,6 +126,31 @@ def exp(x: Any) -> Any:
     return share(x, lambda x: share(_between(x, -104.0, 89.0), bounded))
 
 
+def exp_below_one(x: Any) -> Any:
+    """e to the power of x ≤ 0, as softmax needs it: a third fewer operations than :func:`exp`.
+
+    Results below 2**-126 are 0 (their neighbour in the row is 1).
+    """
+
+    def reduced(x: Any, n: Any) -> Any:
+        r = x - n * splat(_LN2_HIGH, x) - n * splat(_LN2_LOW, x)
+        return share(
+            r,
+            lambda r: (_polynomial(r, _EXP) * (r * r) + r + splat(1.0, r))
+            * _two_to(tirx.Cast(_typed("int32", x), n)),
+        )
+
+    def every(x: Any) -> Any:
+        low = splat(-87.33, x)
+        inside = tirx.Select(x < low, low, x)
+        value = share(
+            inside, lambda x: share(op.nearbyint(x * splat(_LOG2_E, x)), lambda n: reduced(x, n))
+        )
+        return tirx.Select(x < low, splat(0.0, x), value)
+
+    return share(x, every)
+
+
 def log(x: Any) -> Any:
     """The natural logarithm; error below 1 unit in the last place; -Inf at 0, NaN below."""
     tiny = 1.17549435e-38

@@ -81,11 +81,11 @@ class _Chooser(PyExprMutator):  # type: ignore[misc]
             function = spec.prim_func(self.cpu).with_attr("op_pattern", _OPAQUE)
             self.functions[spec.name] = self.builder_.add_func(function, spec.name)
         builder = self.builder_
-        if len(shape) != len(sizes) or any(a is not b and not _same(a, b) for a, b in zip(shape, sizes, strict=True)):
-            x = builder.emit(relax.op.reshape(x, shape))
+        same = len(shape) == len(sizes) and all(a is b or _same(a, b) for a, b in zip(shape, sizes, strict=True))
+        x = x if same else builder.emit(relax.op.reshape(x, shape))
         out = relax.TensorType(shape, "float32")
-        y = builder.emit(relax.call_tir(self.functions[spec.name], [x, *others], out_ty=out))
-        return relax.op.reshape(y, sizes)
+        y = relax.call_tir(self.functions[spec.name], [x, *others], out_ty=out)
+        return y if same else relax.op.reshape(builder.emit(y), sizes)
 
     def _softmax(self, call: Any, sizes: list[Any]) -> Any | None:
         axis = int(call.attrs.axis) % len(sizes)

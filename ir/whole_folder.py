@@ -28,19 +28,27 @@ class WholeFolder:
 
     def __init__(self, target: str | os.PathLike[str]) -> None:
         self._target = os.path.abspath(target)
-        home = os.path.dirname(self._target)
-        _remove_leftovers(home)
-        self.path = os.path.join(home, f".effic-{secrets.token_hex(8)}.folder")
+        _remove_leftovers(os.path.dirname(self._target))
+        self.path = _beside(self._target)
         self._lock = -1
         self._kept = False
 
     def __enter__(self) -> WholeFolder:
-        os.mkdir(self.path)
-        self._lock = os.open(self.path, os.O_RDONLY) if fcntl is not None else -1
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks has no leftovers removed either
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-        return self
+        while True:
+            os.mkdir(self.path)
+            if fcntl is None:
+                return self
+            # What another run takes for a leftover, in the moment before it is locked, is made again.
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = os.open(self.path, os.O_RDONLY)
+                with contextlib.suppress(
+                    OSError
+                ):  # a file system without locks has no leftovers removed either
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
+                if os.fstat(self._lock).st_nlink:
+                    return self
+                os.close(self._lock)
+            self.path = _beside(self._target)
 
     def commit(
         self, *, mark: str | None = None, force: bool = False, before: Callable[[], None] | None = None
@@ -62,7 +70,7 @@ class WholeFolder:
         if before is not None:
             before()
         if os.path.lexists(self._target):
-            aside = os.path.join(os.path.dirname(self._target), f".effic-{secrets.token_hex(8)}.folder")
+            aside = _beside(self._target)
             os.rename(self._target, aside)
             os.rename(self.path, self._target)
             shutil.rmtree(aside, ignore_errors=True)
@@ -87,6 +95,10 @@ def why_not_replace(target: str | os.PathLike[str], mark: str | None, force: boo
     if mark is not None and not os.path.isfile(os.path.join(target, mark)):
         return f"the output {target} is a folder of something else (it has no {mark}); name another"
     return None if force else f"the output {target} exists; give --force to write over it"
+
+
+def _beside(target: str) -> str:
+    return os.path.join(os.path.dirname(target), f".effic-{secrets.token_hex(8)}.folder")
 
 
 def _remove_leftovers(home: str) -> None:

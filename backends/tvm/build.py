@@ -66,7 +66,7 @@ def build(
             "scratch": scratch,
             "inputs": names if inputs is not None else None,
         }
-        result = run_in_child("the build", request, scratch, tell)
+        result = run_in_child("the build", "effic.backends.tvm.build:build_in_child", request, scratch, tell)
         outputs = None
         if inputs is not None:
             arrays = _load(os.path.join(scratch, _OUTPUTS))

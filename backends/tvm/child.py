@@ -28,26 +28,33 @@ _LOG_BYTES = 1 << 16
 
 
 def run_in_child(
-    job: str, request: Mapping[str, Any], folder: str | os.PathLike[str], tell: Tell | None = None
+    what: str,
+    function: str,
+    request: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
-    """Run a job of :data:`effic.backends.tvm.in_child.JOBS` in a process of its own.
+    """Run a function in a process of its own.
 
     Args:
-        job: its name.
+        what: what it does, as sentences begin: ``"the build"``.
+        function: ``module:function``, which takes the request and a :data:`Tell` and returns what JSON holds.
         request: what it gets, JSON-able.
         folder: a folder of the caller's for the request, the result and what the child prints.
         tell: hears of the stages.
 
     Returns:
-        What the job returned.
+        What the function returned.
 
     Raises:
-        EfficError: as the job raised it.
+        EfficError: as the function raised it.
         NotMeasuredError: the child crashed, was killed, or failed in a way nobody foresaw; the sentence
             names the stage.
     """
     home = Path(folder)
-    (home / REQUEST).write_text(json.dumps({"job": job, "request": dict(request)}), encoding="utf-8")
+    (home / REQUEST).write_text(
+        json.dumps({"function": function, "request": dict(request)}), encoding="utf-8"
+    )
     stage = "starting"
     read, write = os.pipe()
     try:
@@ -78,7 +85,7 @@ def run_in_child(
         if (failed := result.get("error")) is None:
             return result
         raise _error(failed)
-    raise errors.NotMeasuredError(f"{job} for TVM {_ending(code, home / LOG)} while {stage}")
+    raise errors.NotMeasuredError(f"{what} for TVM {_ending(code, home / LOG)} while {stage}")
 
 
 def _stage(line: str, before: str) -> tuple[str, int, int]:

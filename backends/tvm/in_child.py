@@ -1,4 +1,4 @@
-"""The child process's side of :mod:`effic.backends.tvm.child`: run one job, leave a result."""
+"""The child process's side of :mod:`effic.backends.tvm.child`: run one function, leave a result."""
 
 from __future__ import annotations
 
@@ -13,20 +13,15 @@ from typing import Any
 from effic.backends.tvm.child import REQUEST, RESULT, Tell
 from effic.ir.errors import EfficError
 
-JOBS = {
-    "the build": "effic.backends.tvm.build:build_in_child",
-}
-"""Jobs by name: functions of the request and of whom to tell about stages."""
-
 
 def run(folder: str, pipe: int) -> None:
-    """Run the job that a folder's request names, and write its result, or the sentence of its error.
+    """Run the function that a folder's request names, and write its result, or the sentence of its error.
 
     What is no :class:`EfficError` goes to the log as a traceback, whose last line the parent shows.
     """
     home = Path(folder)
     asked = json.loads((home / REQUEST).read_text(encoding="utf-8"))
-    module, _, name = JOBS[asked["job"]].partition(":")
+    module, _, name = asked["function"].partition(":")
 
     def tell(stage: str, done: int = 0, total: int = 0) -> None:
         # A parent that is gone has closed its end: the write fails, and the child goes too.

@@ -227,13 +227,14 @@ def _table(found: Any, where: str, kind: type) -> dict[str, Any]:
 def _ports(found: Any, where: str) -> tuple[Port, ...]:
     ports = []
     for row in _list(found, where):
-        if not isinstance(row, dict) or row.get("dtype") not in _DTYPES:
+        dtype = row.get("dtype") if isinstance(row, dict) else None
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise _Malformed(f"'{where}' has an entry without a known dtype")
         below = row.get("below")
         ports.append(
             Port(
                 _text(row.get("name"), f"{where}.name"),
-                row["dtype"],
+                dtype,
                 None if below is None else _size(below, f"{where}.below"),
             )
         )

@@ -43,7 +43,7 @@ bench: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(DEV)/python $(PIP) torch
-	$(DEV)/python $(PIP) --editable '.[torch,dev]'
+	$(DEV)/python $(PIP) --editable '.[torch,tvm,dev]'
 	@touch $@
 
 clean:

@@ -1,0 +1,472 @@
+"""Trying a sequence of passes out on a copy of a model, on one weight of each kind, to tell what the run will take."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from effic.backends.base import Backend
+from effic.ir.memory import peak_memory, reset_peak_memory
+from effic.ir.model import Model
+from effic.ir.onnx_format import raise_opset
+from effic.ir.onnx_writer import file_bytes_of
+from effic.ir.tensors import Scratch
+from effic.ir.weights import WeightSite, weight_sites
+from effic.partial import literal
+from effic.passes.activations import operand
+from effic.passes.base import CalibratedPass, Pass, Remark, Remarks
+from effic.passes.calibration import Calibration, RangeStatistics, SiteStatistics
+from effic.passes.calibration_data import Arrays, held
+from effic.passes.parts import STORE_BYTES
+from effic.passes.pipeline import Progress, Step, run_passes
+from effic.passes.spec import to_text
+
+FEW = 2
+"""Samples that passes are tried on: with two, what each more takes is known."""
+
+MOST_KINDS = 24
+"""Kinds of weights that are tried; the smallest beyond them are taken together."""
+
+
+@dataclasses.dataclass
+class Seen:
+    """A remark, and at how many places it will be made."""
+
+    remark: Remark
+    count: int
+
+
+@dataclasses.dataclass
+class Part:
+    """What one pass, or the lowering, will take and do.
+
+    Attributes:
+        name, text: of the pass; of the lowering ``lower`` and the target.
+        item: the pass, or None for the lowering.
+        changed: whether it will change the model.
+        seconds: of the pass itself.
+        once: of that, seconds that do not grow with the number of weights.
+        memory: largest resident set of the process meanwhile, in bytes.
+        temporary: bytes of temporary files after it.
+        weights, nodes: bytes of the weights and number of nodes after it.
+        remarks: what it will say.
+        tried: ``whole``, or ``one of each kind`` where only some weights were worked on.
+    """
+
+    name: str
+    text: str
+    item: Pass | None
+    changed: bool = False
+    seconds: float = 0.0
+    once: float = 0.0
+    memory: int = 0
+    temporary: float = 0.0
+    weights: float = 0.0
+    nodes: float = 0.0
+    remarks: list[Seen] = dataclasses.field(default_factory=list)
+    tried: str = "whole"
+
+    def count(self, kind: str) -> int:
+        """Places it will change (``passed``) or leave alone (``missed``)."""
+        return sum(seen.count for seen in self.remarks if seen.remark.kind == kind)
+
+
+@dataclasses.dataclass
+class Rehearsal:
+    """What a sequence of passes and the lowering will take.
+
+    Attributes:
+        parts: one for each pass, then one for the lowering.
+        file: bytes of the files that will be written.
+        seconds: of all of it, without checks and saving.
+        model: the lowered model where everything was tried whole, or None.
+        kinds, weights: kinds of weights tried one of each, and how many weights they stand for.
+    """
+
+    parts: list[Part]
+    file: float
+    seconds: float
+    model: Model | None
+    kinds: int = 0
+    weights: int = 0
+
+
+def rehearse(
+    model: Model,
+    sequence: Sequence[Pass],
+    backend: Backend,
+    calibration: Calibration | None,
+    *,
+    external: bool | None = None,
+    progress: Progress | None = None,
+) -> Rehearsal:
+    """Try a sequence out.
+
+    Passes are applied to a copy, whole, up to the first one that works on each weight by itself. From there on
+    one weight of each kind (same shape, operators and reasons) is worked on at a time, by every pass that can
+    leave weights alone, and what that took beyond doing none counts as often as there are such weights.
+    Calibrated passes see two samples; what all of them will take follows from the second.
+
+    Args:
+        model: is left as it is.
+        sequence: the passes.
+        backend: what to lower for.
+        calibration: all the samples, or None.
+        external: as for saving.
+        progress: called with what is being done, the number and how many there are.
+
+    Raises:
+        EfficError: what the run itself would raise.
+    """
+    items = [item.rehearsed() for item in sequence]
+    trial = _Trial(backend, calibration, external)
+    first = next((i for i, item in enumerate(items) if item.candidates(model, Remarks()) is not None), None)
+    tell = progress or (lambda text, number, total: None)
+    tell("trying the passes", 0, 1)
+    if first is None:
+        return _whole(trial.run(model, items))
+    before = trial.run(model, items[:first], lower=False)
+    kinds = _kinds(before.model, items[first:])
+    groups = sum(len(kind) for kind in kinds)
+    if 2 * len(kinds) > groups:
+        return _joined(before, _whole(trial.run(before.model, items[first:])))
+    names = [name for kind in kinds for group in kind for name in group]
+    none = trial.run(before.model, items[first:], leave=names)
+    total = _whole(dataclasses.replace(none, parts=[_copied(part) for part in none.parts]))
+    total.model, total.kinds, total.weights = None, len(kinds), len(names)
+    elements = {site.name: site.elements for site in weight_sites(before.model)}
+    for number, kind in enumerate(kinds):
+        tried = kind[0]
+        tell(f"trying {tried[0]}", number, len(kinds))
+        sizes = [sum(elements[name] for name in group) for group in kind]
+        one = trial.run(
+            before.model,
+            items[first:],
+            leave=[name for name in names if name not in tried],
+            all_of=names,
+            share=sizes[0] / max(1, sum(elements[name] for name in names)),
+        )
+        _add(total, none, one, len(kind), sum(sizes) / max(1, sizes[0]))
+    _settle(total, set(names))
+    return _joined(before, total)
+
+
+@dataclasses.dataclass
+class _Run:
+    """One run of passes on a copy."""
+
+    parts: list[Part]
+    model: Model
+    file: int
+    seconds: float
+
+
+class _Trial:
+    """Runs passes on copies of models, and measures."""
+
+    def __init__(self, backend: Backend, calibration: Calibration | None, external: bool | None) -> None:
+        self.backend, self.external = backend, external
+        self.watch = None if calibration is None else _Watch(calibration)
+
+    def run(
+        self,
+        model: Model,
+        items: Sequence[Pass],
+        *,
+        leave: Sequence[str] = (),
+        all_of: Sequence[str] = (),
+        share: float = 1.0,
+        lower: bool = True,
+    ) -> _Run:
+        """Apply passes to a copy.
+
+        Args:
+            model: is left as it is.
+            items: the passes.
+            leave: weights that passes with candidates leave alone.
+            all_of: weights that the run proper will look at together, where this one looks at a group.
+            share: of the elements of those weights, what this one works on.
+            lower: whether to lower the result, and tell the bytes of its file.
+        """
+        copy = model.clone()
+        copy.scratch = Scratch()
+        parts: list[Part] = []
+        watch = self.watch
+        seconds = 0.0
+        for item in items:
+            tried = item
+            if leave and item.candidates(copy, Remarks()) is not None:
+                skip: tuple[str, ...] = getattr(item, "skip", ())
+                tried = dataclasses.replace(item, skip=(*skip, *map(literal, leave)))  # type: ignore[call-arg]
+            uses = isinstance(item, CalibratedPass) and item.uses_data
+            if watch is not None:
+                watch.begin(to_text(item), all_of, share)
+            began = time.perf_counter()
+            result = run_passes(copy, [tried], check="off", calibration=watch if uses else None)
+            took = time.perf_counter() - began
+            part = _part(result.steps[0], item, copy)
+            if watch is not None and uses:
+                part.once = watch.once
+                part.seconds += watch.expected + watch.once - watch.inside
+                took += watch.expected + watch.once - watch.inside
+                part.memory += watch.memory
+                part.temporary += watch.temporary
+            seconds += took
+            parts.append(part)
+        file = 0
+        if lower:
+            parts.append(self._lower(copy, parts[-1] if parts else None))
+            seconds += parts[-1].seconds
+            file = file_bytes_of(copy, self.external)
+        return _Run(parts, copy, file, seconds)
+
+    def _lower(self, model: Model, last: Part | None) -> Part:
+        from effic.ir.cost import model_cost
+
+        part, remarks = Part("lower", self.backend.text, None), Remarks()
+        reset_peak_memory()
+        began = time.perf_counter()
+        self.backend.lower(model, remarks)
+        part.seconds, part.memory = time.perf_counter() - began, peak_memory()
+        model.forget_names()
+        cost = model_cost(model)
+        part.weights, part.nodes, part.temporary = cost.weight_bytes, cost.nodes, model.scratch.stored
+        part.remarks = _counted(remarks.items)
+        part.changed = remarks.count("passed") > 0 or (last is not None and part.nodes != last.nodes)
+        return part
+
+
+def _part(step: Step, item: Pass, model: Model) -> Part:
+    return Part(
+        step.name,
+        # As asked for, without the weights that a trial leaves alone.
+        to_text(item),
+        item,
+        step.changed,
+        step.seconds,
+        0.0,
+        step.peak_memory,
+        model.scratch.stored,
+        step.bytes_after,
+        step.nodes_after,
+        _counted(step.remarks),
+    )
+
+
+def _copied(part: Part) -> Part:
+    return dataclasses.replace(part, remarks=list(part.remarks))
+
+
+def _counted(remarks: Sequence[Remark]) -> list[Seen]:
+    return [Seen(remark, 1) for remark in remarks]
+
+
+def _whole(run: _Run) -> Rehearsal:
+    return Rehearsal(run.parts, run.file, run.seconds, run.model)
+
+
+def _joined(before: _Run, rest: Rehearsal) -> Rehearsal:
+    """The passes of the beginning, then the others."""
+    held = before.parts[-1].temporary if before.parts else 0
+    for part in rest.parts:
+        part.temporary += held
+    rest.parts = [*before.parts, *rest.parts]
+    rest.seconds += before.seconds
+    return rest
+
+
+# -- one weight of each kind -----------------------------------------------------------------------
+
+
+def _kinds(model: Model, items: Sequence[Pass]) -> list[list[tuple[str, ...]]]:
+    """Names of the weights that any of the passes would work on, those alike together, large ones first.
+
+    Weights that multiply the same value (queries, keys and values) stay together: passes share work among them.
+    """
+    reasons: list[dict[str, str]] = []
+    wanted: set[str] = set()
+    for item in items:
+        remarks, copy = Remarks(), model.clone()
+        if item.needs_opset > copy.opset:
+            raise_opset(copy, item.needs_opset)
+        found = item.candidates(copy, remarks)
+        if found is not None:
+            wanted |= {site.name for site in found}
+            reasons.append({remark.where: remark.text for remark in remarks.items})
+    groups: dict[object, list[WeightSite]] = {}
+    for site in weight_sites(model):
+        if site.name in wanted:
+            use = site.uses[0]
+            value = None if use.node.op_type == "Gather" else operand(use)
+            groups.setdefault(site.name if value is None else id(value), []).append(site)
+    alike: dict[tuple[Any, ...], list[list[WeightSite]]] = {}
+    for group in groups.values():
+        key = tuple(
+            (
+                site.shape, site.in_axis, site.groups, site.dtype, tuple(sorted(site.kinds)), site.opset,
+                site.encoding is None, *(found.get(site.name) for found in reasons),
+            )
+            for site in group
+        )  # fmt: skip
+        alike.setdefault(key, []).append(group)
+    ordered = sorted(alike.values(), key=lambda found: -sum(s.elements for group in found for s in group))
+    if len(ordered) > MOST_KINDS:
+        ordered[MOST_KINDS - 1 :] = [[group for found in ordered[MOST_KINDS - 1 :] for group in found]]
+    return [[tuple(site.name for site in group) for group in found] for found in ordered]
+
+
+def _add(total: Rehearsal, none: _Run, one: _Run, count: int, times: float) -> None:
+    """Add what one group of weights took beyond none, as often as there are such groups.
+
+    Args:
+        total: so far.
+        none: the run that left all of them alone.
+        one: the run that worked on one group.
+        count: how many there are.
+        times: their elements, as multiples of those of the one.
+    """
+    total.file += times * (one.file - none.file)
+    once = sum(part.once for part in one.parts)
+    total.seconds += times * max(0.0, one.seconds - once - none.seconds) + once
+    for part, base, more in zip(total.parts, none.parts, one.parts, strict=True):
+        part.changed |= more.changed
+        part.once += more.once
+        part.seconds += times * max(0.0, more.seconds - more.once - base.seconds) + more.once
+        part.memory = max(part.memory, more.memory)
+        part.temporary += times * (more.temporary - base.temporary)
+        part.weights += times * (more.weights - base.weights)
+        part.nodes += times * (more.nodes - base.nodes)
+        known = Counter((s.remark.kind, s.remark.where, s.remark.text) for s in base.remarks)
+        for seen in more.remarks:
+            remark = seen.remark
+            if known[remark.kind, remark.where, remark.text] > 0:
+                known[remark.kind, remark.where, remark.text] -= 1
+            elif remark.where == "the model":
+                if all(s.remark != remark for s in part.remarks):
+                    part.remarks.append(seen)
+            else:
+                part.remarks.append(Seen(remark, count))
+        if part.item is not None:
+            part.tried = "one of each kind"
+
+
+def _settle(total: Rehearsal, names: set[str]) -> None:
+    """Drop what was only said because a trial left weights alone."""
+    for part in total.parts:
+        part.remarks = [
+            s for s in part.remarks if s.remark.where not in names or s.remark.text != "is named in skip"
+        ]
+
+
+# -- calibrated passes -----------------------------------------------------------------------------
+
+
+class _Watch(Calibration):
+    """A few of the samples; it measures what looking at them takes, and tells what all of them would.
+
+    Attributes:
+        inside: seconds that the pass spent waiting for what it asked.
+        expected: seconds that looking takes in the run proper, as often as the pass is applied.
+        once: the same for what the run proper does once for all weights.
+        memory: bytes that the run proper keeps in memory for the other samples.
+        temporary: bytes that it keeps in temporary files.
+    """
+
+    def __init__(self, whole: Calibration) -> None:
+        feeds = [feed for feed, _ in zip(whole.feeds(), range(FEW), strict=False)]
+        super().__init__(held(feeds, whole.source))
+        self._all, self._few_feeds = whole, feeds
+        self._together: Sequence[str] = ()
+        self._looked: set[tuple[object, ...]] = set()
+        self._text = ""
+        self._clear()
+
+    def begin(self, text: str, together: Sequence[str], share: float) -> None:
+        """Start a pass.
+
+        Args:
+            text: of the pass.
+            together: weights that the run proper walks over in one go.
+            share: see :class:`Calibration`.
+        """
+        self._text, self._together, self.share = text, together, share
+        self._clear()
+
+    def _clear(self) -> None:
+        self.inside = self.expected = self.once = 0.0
+        self.memory = self.temporary = 0
+
+    def walk(
+        self,
+        model: Model,
+        sites: Sequence[WeightSite],
+        *,
+        second_moment: bool = True,
+        sketch: int = 0,
+        propagate: bool = False,
+        progress: Progress | None = None,
+        remarks: Remarks | None = None,
+    ) -> Iterator[tuple[WeightSite, SiteStatistics]]:
+        options: dict[str, Any] = {"second_moment": second_moment, "sketch": sketch, "propagate": propagate}
+        began = time.perf_counter()
+        key = (self._text, *options.values())
+        if sites and (not self._together or key not in self._looked):
+            self._looked.add(key)
+            copy = model.clone()
+            names = {site.name for site in sites} | set(self._together)
+            found = [s for s in weight_sites(copy) if s.name in names and self.why_not(s) is None]
+            self.once += self._expected(lambda some: _exhaust(some.walk(copy, found, **options)))
+            self._keep(self.kept(copy, found, **options))
+        for pair in super().walk(model, sites, **options):
+            self.inside += time.perf_counter() - began
+            yield pair
+            began = time.perf_counter()
+        self.inside += time.perf_counter() - began
+
+    def ranges(
+        self, model: Model, values: Sequence[ir.Value], *, bins: int = 2048
+    ) -> dict[str, RangeStatistics]:
+        began = time.perf_counter()
+        self.once += self._expected(lambda some: some.ranges(model, values, bins=bins))
+        found = super().ranges(model, values, bins=bins)
+        self.inside += time.perf_counter() - began
+        return found
+
+    def record(self, model: Model, values: Sequence[ir.Value]) -> Iterator[Arrays]:
+        began = last = time.perf_counter()
+        first = each = 0.0
+        for number, arrays in enumerate(super().record(model, values)):
+            now = time.perf_counter()
+            self.inside += now - began
+            first, each = (now - last, 0.0) if not number else (first, now - last)
+            yield arrays
+            began = last = time.perf_counter()
+        self.inside += time.perf_counter() - began
+        self.expected += first + each * (self._all.count - 1)
+
+    def _expected(self, look: Callable[[Calibration], object]) -> float:
+        """Seconds of a look at all samples, from looks at one and at a few."""
+        times = []
+        for count in (1, len(self._few_feeds)):
+            some = Calibration.of(self._few_feeds[:count], source=self.source)
+            began = time.perf_counter()
+            look(some)
+            times.append(time.perf_counter() - began)
+        more = max(1, len(self._few_feeds) - 1)
+        return times[0] + max(0.0, times[1] - times[0]) / more * (self._all.count - 1)
+
+    def _keep(self, kept: int) -> None:
+        """Take note of bytes that are kept for each sample between parts of the model."""
+        total = kept * self._all.count
+        self.memory = max(self.memory, min(STORE_BYTES, total) - min(STORE_BYTES, kept * self.count))
+        self.temporary = max(self.temporary, total - STORE_BYTES)
+
+
+def _exhaust(things: Iterable[object]) -> None:
+    for _ in things:
+        pass

@@ -172,8 +172,8 @@ class Lowering:
         """What an output became, in plain layout; an expression that is no variable is emitted."""
         if not isinstance(expression, (relax.Var, GenericConst)):
             expression = self.bb.emit(expression)
-        if not isinstance(expression.ty, relax.ShapeType):
-            shape_of(expression)  # raises where it depends on data
+        if not isinstance(expression.ty, relax.ShapeType) and 0 in shape_of(expression):
+            raise UnsupportedError(f"'{value.name}' has no elements, and kernels are made for some")
         self._plain[value] = expression
 
     def blocked(self, value: ir.Value) -> Any:
@@ -290,7 +290,8 @@ class Lowering:
         if (reason := why_no_type(tensor.dtype)) is not None:
             raise UnsupportedError(f"the constant '{value.name}' {reason}")
         if tensor.size <= MAX_CONSTANT:
-            return relax.const(np.array(tensor.numpy()))
+            # The type is told: TVM makes int32 of int8, float32 of float64.
+            return relax.const(np.array(tensor.numpy()), relax_dtype(tensor.dtype))
         name = value.name or "constant"
         # Mapped, not copied: what is large stays in its file until it is saved or run.
         return self.weight(("plain", id(tensor)), name, lambda: np.asarray(tensor.numpy()))

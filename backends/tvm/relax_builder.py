@@ -27,14 +27,14 @@ from effic.backends.tvm.lowering import (
     shape_of,
     why_no_type,
 )
-from effic.backends.tvm.operators import find_converter, through_blocked
+from effic.backends.tvm.operators import EXPANDED, find_converter, key_of, through_blocked
 from effic.backends.tvm.operators.encoded import compressed_steps, decodes_weight
 from effic.backends.tvm.operators.importer import by_importer
 from effic.backends.tvm.private_api import IMPORTER_ERRORS, importer_knows
 from effic.backends.tvm.specialize import Dims, open_dims, parse_shapes, specialize
 from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.evaluate import first_line
-from effic.ir.model import ONNX_DOMAINS, Model
+from effic.ir.model import Model
 
 _MAX_NAMED, _MAX_SAID = 5, 160
 
@@ -87,10 +87,28 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a node was lowered.
+
+    Attributes:
+        node: its name, or its first output's.
+        op: its operator, with the domain where that is not ONNX's.
+        by: ``effic`` or ``importer``: whose converter it was.
+        kernels: effic's kernels that it calls; none where it is left to the schedules.
+    """
+
+    node: str
+    op: str
+    by: str
+    kernels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Signature:
-    """How the functions of a module are called."""
+    """How the functions of a module are called, and how the nodes of the first were lowered."""
 
     buckets: tuple[Bucket, ...]
+    ways: tuple[Way, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -140,7 +158,7 @@ def build_relax(
         bucket, uncovered = function.build(f"main_{number}")
         refuse_uncovered(uncovered)
         buckets.append(bucket)
-    return bb.get(), shared.arrays, Signature(tuple(buckets))
+    return bb.get(), shared.arrays, Signature(tuple(buckets), tuple(functions[0].ways))
 
 
 def buckets_of(
@@ -184,8 +202,16 @@ def try_bucket(
     model: Model, dims: Dims, cpu: Cpu | None, options: Mapping[str, Any] | None = None
 ) -> list[Uncovered]:
     """What cannot be lowered at these sizes; nothing is compiled."""
+    return survey_bucket(model, dims, cpu, options)[1]
+
+
+def survey_bucket(
+    model: Model, dims: Dims, cpu: Cpu | None, options: Mapping[str, Any] | None = None
+) -> tuple[list[Way], list[Uncovered]]:
+    """How each node would be lowered at these sizes, and what cannot be; nothing is compiled."""
     function = _Function(specialize(model, dims), relax.BlockBuilder(), cpu, Shared(), options)
-    return function.build("main")[1]
+    _, uncovered = function.build("main")
+    return function.ways, uncovered
 
 
 def refuse_uncovered(uncovered: list[Uncovered]) -> None:
@@ -218,6 +244,7 @@ class _Function:
         self.lowering = Lowering(model, bb, cpu, shared, dict(options or {}))
         self.graph, self.bb = model.graph, bb
         self.uncovered: list[Uncovered] = []
+        self.ways: list[Way] = []
         self._sizes: dict[str, Any] = {}
 
     def build(self, name: str) -> tuple[Bucket, list[Uncovered]]:
@@ -265,8 +292,10 @@ class _Function:
         return self._sizes[name]
 
     def _convert(self, node: ir.Node) -> None:
+        called = len(self.lowering.called)
+        name = node.name or next((v.name for v in node.outputs if v.name), None) or "?"
         try:
-            convert(self.lowering, node)
+            by = convert(self.lowering, node)
         except NotLoweredError:
             # It reads what another node was to make: that one is blamed. Unless it has no converter itself.
             reason = why_no_converter(node)
@@ -275,11 +304,12 @@ class _Function:
         except IMPORTER_ERRORS as error:
             reason = f"TVM's converter refuses it: {_said(error)}"
         else:
+            if by is not None:
+                self.ways.append(Way(name, key_of(node), by, tuple(self.lowering.called[called:])))
             return
         for value in node.outputs:
             self.lowering.give_up(value)
         if reason is not None:
-            name = node.name or next((v.name for v in node.outputs if v.name), None) or "?"
             self.uncovered.append(Uncovered(name, key_of(node), reason))
 
     def _output(self, value: ir.Value) -> list[Any]:
@@ -301,11 +331,6 @@ class _Function:
         return TensorSpec(name, dtype_of(variable), shape)
 
 
-def key_of(node: ir.Node) -> str:
-    """The operator as the table of converters has it: ``Relu``, ``com.microsoft::Gelu``."""
-    return node.op_type if node.domain in ONNX_DOMAINS else f"{node.domain}::{node.op_type}"
-
-
 def why_no_converter(node: ir.Node) -> str | None:
     """Why an operator cannot be lowered whatever it reads, or None."""
     if any(
@@ -314,13 +339,16 @@ def why_no_converter(node: ir.Node) -> str | None:
     ):
         return "control flow stays as it is where its condition is computed; there is no lowering for it"
     key = key_of(node)
-    if find_converter(key) is None and not importer_knows(key):
+    if find_converter(key) is None and (key in EXPANDED or not importer_knows(key)):
         return "there is no converter for this operator"
     return None
 
 
-def convert(lowering: Lowering, node: ir.Node) -> None:
+def convert(lowering: Lowering, node: ir.Node) -> str | None:
     """Lower one node.
+
+    Returns:
+        Whose converter it was, ``effic`` or ``importer``; None where there was nothing to do.
 
     Raises:
         UnsupportedError: it cannot be lowered.
@@ -329,14 +357,18 @@ def convert(lowering: Lowering, node: ir.Node) -> None:
     if reason := why_no_converter(node):
         raise UnsupportedError(reason)
     if node.op_type == "Constant" or lowering.is_done(node) or decodes_weight(node):
-        return
+        return None
+    for value in node.outputs:
+        if value.shape is not None and 0 in value.shape:
+            raise UnsupportedError(f"'{value.name}' has no elements, and kernels are made for some")
     if through_blocked(lowering, node):
-        return
+        return "effic"
     own = find_converter(key_of(node))
     if own is not None:
         own(lowering, node)
-        return
+        return "effic"
     by_importer(lowering, node)
+    return "importer"
 
 
 def _said(error: BaseException) -> str:

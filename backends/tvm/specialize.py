@@ -11,7 +11,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
+from effic.backends.tvm.expand import expand
+from effic.backends.tvm.operators import has_to_be_expanded
 from effic.ir.compressed import COMPRESSED_KEY, recognise_compressed
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
@@ -24,7 +27,7 @@ from effic.passes.cleanup.fold_constants import FoldConstants
 # Masks and tables of positions become constants; they are as long as a sequence, perhaps squared.
 _MAX_GROWTH = 16 << 20
 # Each round folds what the shapes of the one before it made constant; models nest a few deep.
-_MAX_ROUNDS = 4
+_MAX_ROUNDS = 6
 
 Dims = dict[str, int]
 
@@ -94,8 +97,6 @@ def specialize(model: Model, dims: Mapping[str, int]) -> Model:
         )
     result = model.clone()
     if result.ir.functions:
-        from onnx_ir.passes.common import InlinePass
-
         InlinePass()(result.ir)
         result.forget_names()
     for value in result.graph.inputs:
@@ -112,10 +113,10 @@ def specialize(model: Model, dims: Mapping[str, int]) -> Model:
             EliminateIdentities().apply(result, Remarks())
         EliminateDeadCode().apply(result, Remarks())
         result.forget_names()
-        if not open_dims(result):
-            _write_shapes(result)
+        _write_shapes(result)
+        expanded = expand(result, [node for node in result.graph if has_to_be_expanded(node)])
         now = sum(1 for _ in result.graph)
-        if now == sizes:
+        if now == sizes and not expanded:
             break
         sizes = now
     return result
@@ -131,6 +132,9 @@ def _forget_shapes(model: Model) -> None:
 
 
 def _write_shapes(model: Model) -> None:
+    ShapeInferencePass()(model.ir)
+    if open_dims(model):
+        return
     shapes = static_shapes(model, {})
     for node in model.graph:
         for value in node.outputs:

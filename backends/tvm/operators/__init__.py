@@ -16,13 +16,36 @@ if TYPE_CHECKING:
     from effic.backends.tvm.lowering import Converter, Lowering
 
 CONVERTERS: dict[str, str] = {
-    "Conv": "convolution:conv",
+    "BitShift": "elementwise:bit_shift",
+    "CastLike": "elementwise:cast_like",
+    "Compress": "refused:data_dependent",
+    "Dropout": "elementwise:dropout",
+    "Expand": "refused:with_constants",
     "Gather": "indexing:gather",
     "Gemm": "matmul:gemm",
+    "IsInf": "elementwise:is_inf",
     "MatMul": "matmul:matmul",
+    "Mod": "elementwise:mod",
+    "NonMaxSuppression": "refused:data_dependent",
+    "NonZero": "refused:data_dependent",
+    "Pow": "elementwise:pow_",
+    "RMSNormalization": "normalization:rms_normalization",
+    "ReduceMax": "reduction:extreme",
+    "ReduceMin": "reduction:extreme",
+    "RoiAlign": "refused:roi_align",
     "Slice": "indexing:slice_",
+    "SpaceToDepth": "refused:space_to_depth",
+    "Tile": "refused:with_constants",
+    "TopK": "refused:top_k",
+    "Unique": "refused:data_dependent",
 }
 """By operator; those of other domains as ``domain::operator``."""
+
+EXPANDED = frozenset({"Attention"})
+"""Operators that the importer takes for others, or has wrong: written out as ONNX defines them."""
+
+FIRST_OUTPUT_ONLY = frozenset({"LayerNormalization"})
+"""Operators that the importer has one output of."""
 
 
 def find_converter(key: str) -> Converter | None:
@@ -32,6 +55,25 @@ def find_converter(key: str) -> Converter | None:
     module, _, name = CONVERTERS[key].partition(":")
     found: Converter = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return found
+
+
+def key_of(node: ir.Node) -> str:
+    """The operator as the table of converters has it: ``Relu``, ``com.microsoft::Gelu``."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
+def has_to_be_expanded(node: ir.Node) -> bool:
+    """Whether a node has to be written out by ONNX's own definition of it, if there is one."""
+    from effic.backends.tvm.private_api import importer_knows
+
+    key = key_of(node)
+    if find_converter(key) is not None:
+        return False
+    if key in EXPANDED:
+        return True
+    if key in FIRST_OUTPUT_ONLY:
+        return any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+    return not importer_knows(key)
 
 
 def through_blocked(lowering: Lowering, node: ir.Node) -> bool:

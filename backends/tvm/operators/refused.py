@@ -1,0 +1,43 @@
+"""Operators that TVM's importer takes, and then has wrong or cannot compile: refused by name, with the reason."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from effic.backends.tvm.lowering import Lowering, dtype_of
+from effic.backends.tvm.operators.importer import by_importer
+
+
+def data_dependent(lowering: Lowering, node: ir.Node) -> None:
+    """NonMaxSuppression, NonZero, Unique, Compress: how much comes out depends on the data."""
+    lowering.refuse(node, "has outputs whose size depends on the values of its inputs")
+
+
+def roi_align(lowering: Lowering, node: ir.Node) -> None:
+    """RoiAlign takes the mean of its samples here."""
+    if node.attributes.get_string("mode", "avg") != "avg":
+        lowering.refuse(node, "takes the maximum of its samples, which TVM computes differently")
+    by_importer(lowering, node)
+
+
+def space_to_depth(lowering: Lowering, node: ir.Node) -> None:
+    """SpaceToDepth in the order depth, column, row."""
+    if node.attributes.get_string("mode", "DCR") != "DCR":
+        lowering.refuse(node, "has a mode of opset 26, which is not lowered")
+    by_importer(lowering, node)
+
+
+def top_k(lowering: Lowering, node: ir.Node) -> None:
+    """TopK of the types that TVM sorts."""
+    dtype = dtype_of(lowering.tensor(node.inputs[0]))
+    if dtype in ("uint64", "uint16", "uint32", "int16", "float16"):
+        lowering.refuse(node, f"sorts {dtype}, which TVM does not")
+    by_importer(lowering, node)
+
+
+def with_constants(lowering: Lowering, node: ir.Node) -> None:
+    """Operators whose further inputs (a shape, repeats, sizes) have to be constants."""
+    for value in node.inputs[1:]:
+        if value is not None and not lowering.is_constant(value):
+            lowering.refuse(node, f"takes '{value.name}' from the inputs' values")
+    by_importer(lowering, node)

@@ -104,12 +104,15 @@ class Window:
         top, step, dilation, size = self.pads[0], self.strides[0], self.dilations[0], self.kernel[0]
         first: Any = 0
         last: Any = size
+        # Both ends are cut to [0, size], where they can leave it; then the end is never before the start.
+        lowest = (self.out[0] - 1) * step - top
         if top:
             first = T.max(0, (top - i * step + dilation - 1) // dilation)
-        if (self.out[0] - 1) * step - top + (size - 1) * dilation >= self.height:
+            first = T.min(size, first) if top > (size - 1) * dilation else first
+        if lowest + (size - 1) * dilation >= self.height:
             last = T.min(size, (self.height + top - i * step + dilation - 1) // dilation)
-        # A kernel that lies wholly outside has no rows: the loop's end may not lie before its start.
-        return first, (T.max(first, last) if top and last is not size else last)
+            last = T.max(0, last) if lowest >= self.height else last
+        return first, last
 
     def spans(self, length: int) -> list[tuple[int, int, int]]:
         """The tiles of an output row: (first column, tiles alike that follow it, length of each).
@@ -443,7 +446,7 @@ class _Code:
 
         with T.serial(start, stop) as c:
             low, high = flat.rows(T, row)
-            if isinstance(high, int) and high == 1:
+            if isinstance(low, int) and isinstance(high, int) and high == 1:
                 taps(c, 0)
             else:
                 with T.serial(high - low) as p:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,41 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-tvm = pytest.importorskip("tvm", reason="needs the tvm extra")
+pytest.importorskip("tvm", reason="needs the tvm extra")
 
-from effic.backends.tvm.cpu import Cpu  # noqa: E402
-from effic.backends.tvm.kernels.dense import BatchMatMul, DenseMatMul  # noqa: E402
+from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.kernels.dense import BatchMatMul, DenseMatMul
+from tests.backends.tvm.kernel_runs import close, random, run, with_cores
 
-CANARY = np.float32(-12345.5)
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=15, deadline=None)
 
 
 @pytest.fixture(scope="module")
 def host() -> Cpu:
     return Cpu.host(2)
-
-
-def run(spec: Any, cpu: Cpu, inputs: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Run a kernel with its output in the middle of a buffer of canaries, which must survive."""
-    function = tvm.compile(spec.prim_func(cpu), cpu.target())[spec.name]
-    size, margin = math.prod(shape), 64
-    room = np.full(size + 2 * margin + 16, CANARY)
-    whole = room[-room.ctypes.data % 64 // 4 :][: size + 2 * margin]
-    inner = tvm.runtime.from_dlpack(whole[margin : margin + size].reshape(shape))
-    function(*map(tvm.runtime.tensor, inputs), inner)
-    assert (whole[:margin] == CANARY).all()
-    assert (whole[margin + size :] == CANARY).all()
-    return whole[margin : margin + size].reshape(shape)
-
-
-def close(got: np.ndarray, exact: np.ndarray, scale: np.ndarray) -> None:
-    """Within 1e-5 of the sum of the magnitudes that were added."""
-    assert got.shape == exact.shape
-    assert (np.abs(got - exact) <= 1e-5 * scale + 1e-30).all()
-
-
-def random(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def check_dense(spec: DenseMatMul, cpu: Cpu, rows: int) -> None:
@@ -81,7 +57,7 @@ def test_a_product_is_numpys_at_any_size(
     portable: bool,
 ) -> None:
     spec = DenseMatMul(m, k, n, bias, activation, low=-1.0, high=2.0, k_tile=k_tile, portable=portable)
-    check_dense(spec, Cpu(host.mcpu, cores, host.avx512, host.vnni), m)
+    check_dense(spec, with_cores(host, cores), m)
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(130, 257, 300), (1, 512, 1000), (9, 2500, 40), (64, 128, 32)])
@@ -149,7 +125,7 @@ def test_a_product_of_activations_is_numpys(
     spec = BatchMatMul(batch, m, k, n, transposed, repeat, scale=0.5, portable=portable)
     x = random(1, batch, m, k)
     w = random(2, right, n, k) if transposed else random(2, right, k, n)
-    got = run(spec, Cpu(host.mcpu, cores, host.avx512, host.vnni), [x, w], (batch, m, n))
+    got = run(spec, with_cores(host, cores), [x, w], (batch, m, n))
     plain = np.repeat(w.swapaxes(1, 2) if transposed else w, repeat, 0)
     close(got, 0.5 * (x.astype(np.float64) @ plain), np.abs(x.astype(np.float64)) @ np.abs(plain))
 

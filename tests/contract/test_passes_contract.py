@@ -112,7 +112,8 @@ def test_pass_is_verified_checked_and_idempotent(
     check_pass(item, model)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# What is compiled has fixed sizes and operators of its own, and is tried in tests/backends/tvm.
+@pytest.mark.parametrize("name", [name for name in TARGETS if not name.startswith("tvm-")])
 @pytest.mark.parametrize("built", MODELS)
 def test_target_lowers_and_runs(name: str, built: str) -> None:
     check_target(get_backend(name), seeded_model(built))

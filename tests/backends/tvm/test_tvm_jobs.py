@@ -1,0 +1,292 @@
+"""The jobs with tvm-cpu: built in a child, checked, recorded, shown, timed, compared, built again."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner, Result
+
+pytest.importorskip("tvm", reason="apache-tvm is not installed")
+
+from effic.backends import get_backend
+from effic.backends.tvm.artifact import TvmArtifact
+from effic.backends.tvm.manifest import read_manifest
+from effic.backends.tvm.targets import TvmCpu
+from effic.cli.main import main
+from effic.folder_build import FolderBuild, check_build, inputs_that_fit
+from effic.ir.errors import (
+    CheckFailedError,
+    MissingExtraError,
+    MissingToolError,
+    UnsupportedError,
+    UsageError,
+)
+from effic.ir.evaluate import Oracle, compare_outputs
+from effic.ir.model import Model
+from effic.optimize import optimize
+from effic.passes.base import Remarks
+from effic.reproduce import reproduce
+from effic.show import inspect_model
+from effic.testing import check_target
+
+K, N = 64, 48
+
+
+def linear(rows: int | str = 2, op: str = "MatMul") -> Model:
+    """``relu(x @ w) @ v``, with a dynamic first dimension when ``rows`` is a name."""
+    rng = np.random.default_rng(0)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([rows, K]))
+    weights = [
+        ir.Value(name=name, const_value=ir.tensor(rng.standard_normal(shape).astype(np.float32), name=name))
+        for name, shape in (("w", (K, N)), ("v", (N, K)))
+    ]
+    first = ir.Node("", op, [x, weights[0]], name="first")
+    relu = ir.Node("", "Relu", [first.outputs[0]], name="relu")
+    second = ir.Node("", "MatMul", [relu.outputs[0], weights[1]], name="second")
+    out = second.outputs[0]
+    out.name, out.type, out.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape([rows, K])
+    graph = ir.Graph(
+        [x], [out], nodes=[first, relu, second], initializers=weights, opset_imports={"": 21}, name="linear"
+    )
+    return Model(ir.Model(graph, ir_version=10))
+
+
+def effic(*argv: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(one) for one in argv], prog_name="effic")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model.onnx`` and what ``effic optimize --preset int4`` made of it, ``out.tvm``."""
+    folder = tmp_path_factory.mktemp("built")
+    linear().save(folder / "model.onnx")
+    passes = "quantize-rtn{bits=4,group_size=16}"
+    done = effic(
+        "optimize",
+        folder / "model.onnx",
+        "--passes",
+        passes,
+        "--target",
+        "tvm-cpu",
+        "-o",
+        folder / "out.tvm",
+        "--json",
+    )
+    assert done.exit_code == 0, done.output
+    (folder / "report.json").write_text(done.stdout)
+    return folder
+
+
+def test_the_artifact_computes_what_the_canonical_model_does(built: Path) -> None:
+    canonical = optimize(built / "model.onnx", "quantize-rtn{bits=4,group_size=16}", target="portable").model
+    inputs = {"x": np.random.default_rng(5).standard_normal((2, K)).astype(np.float32)}
+    found = compare_outputs(Oracle(canonical).run(inputs), TvmArtifact.load(built / "out.tvm").run(inputs))
+    assert found.max_rel < 1e-5
+
+
+def test_the_report_says_what_each_node_became(built: Path) -> None:
+    report = json.loads((built / "report.json").read_text())
+    lowered = report["steps"][-1]
+    assert lowered["text"] == "tvm-cpu"
+    remarks = {row["where"]: row["text"] for row in lowered["remarks"]}
+    assert "runs on effic's" in remarks["MatMul 'first'"]
+    assert "MatMul 'second'" in remarks
+    assert lowered["verdict"].startswith(("rounding", "exact"))
+    assert lowered["seconds"] > 0
+    assert lowered["peak_memory"] > 0
+    assert report["file_bytes"][1] == sum(file.stat().st_size for file in (built / "out.tvm").iterdir())
+    assert report["versions"]["apache-tvm"].startswith("0.27")
+
+
+def test_weights_stay_encoded_and_out_of_the_library(built: Path) -> None:
+    sizes = {file.name: file.stat().st_size for file in (built / "out.tvm").iterdir()}
+    assert set(sizes) == {"model.so", "params.safetensors", "manifest.json"}
+    assert sizes["params.safetensors"] < 0.5 * 4 * 2 * K * N  # codes, scales and padding, not fp32
+
+
+def test_the_record_is_in_the_manifest_and_beside_the_folder(built: Path) -> None:
+    record = json.loads((built / "out.tvm.effic.json").read_text())
+    assert record["build"] == read_manifest(built / "out.tvm").build
+    assert {row["name"] for row in record["output"]["files"]} == {
+        "model.so", "params.safetensors", "manifest.json",
+    }  # fmt: skip
+    assert record["build"]["versions"]["apache-tvm-ffi"].startswith("0.1.14")
+    assert read_manifest(built / "out.tvm").source == inspect_model(built / "model.onnx").sha256
+
+
+def test_it_is_built_again_bit_for_bit(built: Path) -> None:
+    found = reproduce(built / "out.tvm.effic.json")
+    assert found.same, found.differences
+
+
+def test_show_bench_and_compare_take_folders(built: Path) -> None:
+    told = effic("show", built / "out.tvm")
+    assert told.exit_code == 0, told.output
+    assert "in   x: float32[2, 64]" in told.stdout
+    assert "quantize-rtn" in told.stdout
+    assert json.loads(effic("show", built / "out.tvm", "--json").stdout)["misfit"] is None
+    both = effic("bench", built / "model.onnx", built / "out.tvm", "--repeats", "2", "--json")
+    assert both.exit_code == 0, both.output
+    timed = json.loads(both.stdout)
+    assert timed["speedup"] > 0
+    assert "apache-tvm" in timed["versions"]
+    assert effic("bench", built / "out.tvm", "--repeats", "2").exit_code == 0
+    compared = effic("compare", built / "model.onnx", built / "out.tvm", "--min-sqnr", "10", "--json")
+    assert compared.exit_code == 0, compared.output
+    assert json.loads(compared.stdout)["engine"].endswith("TVM (B)")
+    assert effic("compare", built / "model.onnx", built / "out.tvm", "--max-abs", "1e-6").exit_code == 1
+    assert effic("compare", built / "out.tvm", built / "out.tvm", "--max-abs", "0").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["-o", "out.onnx"], "out.onnx is the name of a file; call it out.tvm"),
+        (["-o", "out.tvm", "--single-file"], "do nothing with tvm-cpu"),
+        (["-o", "taken"], "a folder of something else (it has no manifest.json)"),
+        (["-o", "model.onnx/out.tvm"], "does not exist"),
+        (["--target", "tvm-cpu{mcpu=cascadelak}"], "did you mean 'cascadelake'?"),
+        (["--target", "tvm-cpu{num_cores=-1}"], "the least is 0"),
+        (["--target", "tvm-cpu{shapes=\"rows\"}"], "rows"),
+        (["--target", "tvm-cpu{shapes=\"rows=3\"}"], "rows"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_sentences_and_leave_nothing(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "model.onnx").write_bytes((built / "model.onnx").read_bytes())
+    target = [] if "--target" in argv else ["--target", "tvm-cpu"]
+    done = effic("optimize", "model.onnx", "--passes", "eliminate-dead-code", *target, *argv)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "taken"]
+
+
+def test_an_existing_build_is_replaced_only_when_asked_for(built: Path, tmp_path: Path) -> None:
+    TvmArtifact.load(built / "out.tvm").save(tmp_path / "out.tvm")
+    before = (tmp_path / "out.tvm" / "manifest.json").read_bytes()
+    argv = ("optimize", built / "model.onnx", "--passes", "eliminate-dead-code", "--target", "tvm-cpu")
+    refused = effic(*argv, "-o", tmp_path / "out.tvm")
+    assert refused.exit_code == 2
+    assert "--force" in refused.stderr
+    assert (tmp_path / "out.tvm" / "manifest.json").read_bytes() == before
+    done = effic(*argv, "-o", tmp_path / "out.tvm", "--force", "--no-record")
+    assert done.exit_code == 0, done.output
+    assert read_manifest(tmp_path / "out.tvm").build is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out.tvm"]
+
+
+def test_sizes_of_dynamic_dimensions_are_buckets(tmp_path: Path) -> None:
+    report = optimize(
+        linear("rows"),
+        "eliminate-dead-code",
+        target='tvm-cpu{shapes="rows=1;rows=3"}',
+        output=tmp_path / "out.tvm",
+    )
+    assert report.distance is not None
+    assert report.distance.max_rel < 1e-5
+    artifact, model = TvmArtifact.load(tmp_path / "out.tvm"), Oracle(linear("rows"))
+    for rows in (1, 3):
+        inputs = {"x": np.random.default_rng(rows).standard_normal((rows, K)).astype(np.float32)}
+        assert compare_outputs(model.run(inputs), artifact.run(inputs)).max_rel < 1e-5
+    with pytest.raises(UsageError, match=r"it takes: x \[1, 64\]; x \[3, 64\]"):
+        artifact.run({"x": np.zeros((2, K), np.float32)})
+    with pytest.raises(UsageError, match=r"has the shape \[5, 64\]"):
+        inputs_that_fit(
+            TvmCpu(shapes="rows=1"), linear("rows"), {"x": np.zeros((5, K), np.float32)}, given=True, seed=0
+        )
+
+
+def test_the_conformance_kit_holds_it_to_what_targets_promise() -> None:
+    assert check_target(get_backend("tvm-cpu"), linear(), least_sqnr_db=80).max_rel < 1e-5
+    check_target(get_backend('tvm-cpu{shapes="rows=3"}'), linear("rows"), least_sqnr_db=80)
+
+
+def test_a_cpu_that_is_named_decides_the_instructions(tmp_path: Path) -> None:
+    built = get_backend("tvm-cpu{mcpu=x86-64,num_cores=1}").build(linear(), tmp_path / "old.tvm")
+    assert built.outputs is None
+    manifest = read_manifest(tmp_path / "old.tvm")
+    assert (manifest.mcpu, manifest.cores) == ("x86-64", 1)
+    assert not any(name.startswith("avx") for name in manifest.features)
+    inputs = {"x": np.ones((2, K), np.float32)}
+    found = compare_outputs(Oracle(linear()).run(inputs), TvmArtifact.load(tmp_path / "old.tvm").run(inputs))
+    assert found.max_rel < 1e-5
+
+
+def test_an_operator_that_cannot_be_lowered_is_named_before_anything_is_built(tmp_path: Path) -> None:
+    model = linear()
+    node = ir.Node("", "NonZero", [next(iter(model.graph)).outputs[0]], name="where")
+    model.graph.append(node)
+    node.outputs[0].name, node.outputs[0].type = "places", ir.TensorType(ir.DataType.INT64)
+    node.outputs[0].shape = ir.Shape([2, "count"])
+    model.graph.outputs.append(node.outputs[0])
+    with pytest.raises(UnsupportedError, match="NonZero 'where'"):
+        get_backend("tvm-cpu").lower(model, Remarks())
+    model.save(tmp_path / "model.onnx")
+    told = effic("show", tmp_path / "model.onnx", "--target", "tvm-cpu", "--json")
+    assert told.exit_code == 1
+    rows = {row["op"]: row for row in json.loads(told.stdout)["rows"]}
+    assert rows["NonZero"]["refused"] == 1
+    assert rows["MatMul"]["kernels"] == 2
+    assert "cannot be run:" in effic("show", tmp_path / "model.onnx", "--target", "tvm-cpu").stdout
+    other = effic("show", tmp_path / "model.onnx", "--target", "ort-cpu")
+    assert other.exit_code == 2
+    assert "ort-cpu is none" in other.stderr
+
+
+def test_without_a_compiler_one_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingToolError, match="install g\\+\\+ or clang") as caught:
+        get_backend("tvm-cpu").build(linear(), tmp_path / "out.tvm")
+    assert caught.value.exit_code == 3
+
+
+def test_without_tvm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tvm", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'effic\[tvm\]'") as caught:
+        get_backend("tvm-cpu").lower(linear(), Remarks())
+    assert caught.value.exit_code == 3
+
+
+class Wrong(FolderBuild):
+    """A build whose kernels are off by a given share."""
+
+    def __init__(self, outputs: dict[str, np.ndarray]) -> None:
+        self.outputs = outputs
+
+
+@pytest.mark.parametrize(
+    ("activations", "error", "right"),
+    [("fp32", 1e-5, True), ("fp32", 1e-2, False), ("int8", 1e-2, True), ("int8", 0.5, False)],
+)
+def test_a_build_that_is_not_the_model_is_refused(activations: str, error: float, right: bool) -> None:
+    model, inputs = linear(), {"x": np.random.default_rng(1).standard_normal((2, K)).astype(np.float32)}
+    good = Oracle(model).run(inputs)["y"]
+    noise = np.random.default_rng(2).standard_normal(good.shape).astype(np.float32)
+    wrong = Wrong({"y": good + error * noise * np.abs(good).max()})
+    backend = get_backend(f"tvm-cpu{{activations={activations}}}")
+    if right:
+        check_build(wrong, model, backend, inputs)
+        return
+    with pytest.raises(CheckFailedError, match=r"what tvm-cpu.* built is not the model") as caught:
+        check_build(wrong, model, backend, inputs)
+    assert caught.value.exit_code == 1
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(MissingToolError):
+        optimize(linear(), "eliminate-dead-code", target="tvm-cpu", output=tmp_path / "out.tvm")
+    assert os.listdir(tmp_path) == []

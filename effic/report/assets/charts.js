@@ -25,6 +25,12 @@ function draw(label, height, traces, layout) {
   return box;
 }
 
+/** A pass's text in little room: its options go first, for the name tells more. */
+function passText(text, width) {
+  if (Array.from(text).length <= width || !text.includes("{")) return shorten(text, width);
+  return `${shorten(text.slice(0, text.indexOf("{")), width - 3)}{…}`;
+}
+
 /** Bars that start where the last one ended. Steps: {text, value, measure, label, hover}. */
 function waterfall(title, steps, axis) {
   const width = window.innerWidth < 640 ? 16 : 30;
@@ -48,7 +54,7 @@ function waterfall(title, steps, axis) {
       margin: { l: 10, r: 10, t: 8, b: 40 },
       yaxis: {
         autorange: "reversed", automargin: true, fixedrange: true, tickvals: steps.map((_, at) => at),
-        ticktext: steps.map((step) => tame(shorten(step.text, width))), showgrid: false, zeroline: false,
+        ticktext: steps.map((step) => tame(passText(step.text, width))), showgrid: false, zeroline: false,
       },
       xaxis: {
         title: { text: axis }, fixedrange: true, automargin: true, nticks: 6,
@@ -248,6 +254,8 @@ function scatter(axis, choose) {
   points.sort((a, b) => a.x - b.x);
   const [least, most] = [Math.min(...points.map((p) => p.y)), Math.max(...points.map((p) => p.y))];
   const room = (most - least) / 4 || Math.abs(most) / 50 || 1;
+  // A share ends at 1, whatever room the chart has above it.
+  const top = least >= 0 && most <= 1 && most > 0.5 ? Math.min(most + room, 1.04) : most + room;
   const middle = (Math.min(...points.map((p) => p.x)) + Math.max(...points.map((p) => p.x))) / 2;
   const box = draw(`${quality.title} beside ${axis === "file_bytes" ? "file size" : "time of a run"} of ${points.length} models`, 380, [{
     type: "scatter", mode: "markers+text", x: points.map((p) => p.x), y: points.map((p) => p.y),
@@ -263,7 +271,7 @@ function scatter(axis, choose) {
       title: { text: axis === "file_bytes" ? "bytes of the file" : "milliseconds a run" }, automargin: true, rangemode: "tozero",
       fixedrange: true, zeroline: false, ...(axis === "file_bytes" ? { tickformat: "~s" } : {}),
     },
-    yaxis: { title: { text: tame(quality.title + (quality.unit ? `, ${quality.unit}` : "")) }, automargin: true, fixedrange: true, zeroline: false, range: [least - room, most + room] },
+    yaxis: { title: { text: tame(quality.title + (quality.unit ? `, ${quality.unit}` : "")) }, automargin: true, fixedrange: true, zeroline: false, range: [least - room, top] },
   });
   queueMicrotask(() => box.on("plotly_click", (event) => {
     const at = DATA.outputs.findIndex((row) => row.name === points[event.points[0].pointNumber].name);

@@ -15,7 +15,8 @@ function cards(output) {
   both("Parameters", "parameters", amount, "card-parameters");
   both("Nodes", "nodes", amount, "card-nodes");
   both("Multiply-adds", "macs", amount, "card-macs");
-  if (output.verdict) card("Outputs beside the original's", output.verdict.split(", ")[0], output.verdict.split(", ").slice(1).join(", "), "card-outputs");
+  const [verdict, ...more] = visible(output.verdict).replace(/ (%|dB)/g, "\u00a0$1").split(", ");
+  if (verdict) card("Outputs beside the original's", verdict, more.join(", "), "card-outputs");
   if (output.accuracy) card(output.accuracy[0], figure(output.accuracy[3]), `${figure(output.accuracy[2])} before`, "card-accuracy");
   if (output.speed) card("Speed", `${output.speed.speedup.toFixed(2)}×`, `quartiles ${output.speed.low.toFixed(2)} to ${output.speed.high.toFixed(2)}`, "card-speed");
   return made;

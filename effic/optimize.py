@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effic.faster import SpeedGuard
+from effic.fit import refuse_misfit
 from effic.folder_build import FolderBuild, check_build, folder_files, inputs_that_fit, pinned, refuse_output
 from effic.guard import Accuracy, Guard
 from effic.ir.cost import ModelCost, model_cost
@@ -29,7 +30,7 @@ from effic.passes.pipeline import Check, Checker, Instead, Keep, Step, fingerpri
 from effic.passes.presets import preset
 from effic.passes.spec import parse_passes, to_text
 from effic.record import BUILD_KEY, Digests, build_of, file_digest, put_build, record_path, write_record
-from effic.resume import Unfinished, identity, refuse
+from effic.resume import Unfinished, identity, refuse, was_saving
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,7 @@ def optimize(
     keep_if_faster: bool = False,
     threads: int = 1,
     require_change: bool = False,
+    fit_check: bool = True,
     dry_run: bool = False,
     force: bool = False,
     external: bool | None = None,
@@ -160,6 +162,7 @@ def optimize(
         keep_if_faster: time the model after each pass on the target, and undo what made it slower.
         threads: threads within one operator, for those timings.
         require_change: fail when a pass changes nothing.
+        fit_check: refuse what cannot fit into memory or on the disk before anything is done.
         dry_run: do everything but write.
         force: allow writing over an existing file, the input included.
         external: weights in a file of their own; None decides by size.
@@ -179,9 +182,10 @@ def optimize(
     from effic.backends import get_backend
 
     began = time.perf_counter()
-    sequence = _sequence(passes)
+    sequence = sequence_of(passes)
     backend = get_backend(target)
-    _refuse_data(sequence, calib, calib_samples, calib_window)
+    refuse_data(sequence, calib, calib_samples, calib_window)
+    force = force or (resume and was_saving(output))
     if output is not None:
         _refuse_early(output, force or backend.is_folder, backend.is_folder)
         if backend.is_folder:
@@ -195,6 +199,8 @@ def optimize(
     input_bytes = _stored_bytes(model)
     files = _source_files(model)
     model.ir.metadata_props.pop(BUILD_KEY, None)  # of an earlier build, from which this one starts
+    if fit_check:
+        refuse_misfit(model, sequence, check, None if dry_run or backend.is_folder else output)
     digests = Digests(files) if record and output is not None and not dry_run else None
     steps_in_all = len(sequence) + 2
     calibration, checker = None, None
@@ -307,7 +313,11 @@ def optimize(
             sizes[0] = total
             _tell(progress, f"saving, {100 * done // max(total, 1)} %", steps_in_all, steps_in_all)
 
-        forget = lambda: stale.unlink(missing_ok=True)  # noqa: E731
+        def forget() -> None:
+            stale.unlink(missing_ok=True)
+            if unfinished is not None:
+                unfinished.saving()
+
         if folder is None:
             model.save(output, force=force, external=external, progress=saved, before_commit=forget)
         else:
@@ -318,7 +328,7 @@ def optimize(
         notes=(
             *model.origin.notes,
             *_data_notes(calibration, result.steps),
-            *([] if unfinished is None else [*unfinished.notes, *unfinished.damaged()]),
+            *([] if unfinished is None else unfinished.told(dry_run)),
         ),
         passes=to_text(sequence),
         target=target,
@@ -375,13 +385,14 @@ def _all_of(keeps: Sequence[Keep]) -> Keep | None:
     return keep
 
 
-def _sequence(passes: str | Sequence[Pass] | None) -> list[Pass]:
+def sequence_of(passes: str | Sequence[Pass] | None) -> list[Pass]:
+    """The passes of a run, from what :func:`optimize` takes."""
     if passes is None:
         return parse_passes(preset("default").text)
     return parse_passes(passes) if isinstance(passes, str) else list(passes)
 
 
-def _refuse_data(
+def refuse_data(
     sequence: Sequence[Pass], calib: Any, calib_samples: int | None, calib_window: int | None
 ) -> None:
     """Say what is wrong with the calibration data's options before anything is read."""

@@ -15,7 +15,8 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,7 +44,7 @@ except ImportError:  # Windows: two runs with one output are the user's to avoid
 FOLDER = ".progress"
 """What is added to the output's name."""
 
-_RUN, _LOCK = "run.json", "lock"
+_RUN, _LOCK, _SAVING = "run.json", "lock", "saving"
 _OURS = re.compile(rf"[a-z0-9-]+-[0-9a-f]{{24}}{re.escape(SUFFIX)}|\.effic-[0-9a-f]{{16}}\.tmp")
 _MOST_RUN_BYTES = 64 << 20
 # Of a folder that an option names, as many files are told apart by what is in them.
@@ -54,6 +55,12 @@ def progress_folder(output: str | os.PathLike[str]) -> Path:
     """Where the progress of a run lies: ``out.onnx.progress`` beside ``out.onnx``."""
     path = Path(output)
     return path.with_name(path.name + FOLDER)
+
+
+def was_saving(output: str | os.PathLike[str] | None) -> bool:
+    """Whether a run was killed while its files took their names: what has the output's name is then its own,
+    or what that run was allowed to replace."""
+    return output is not None and (progress_folder(output) / _SAVING).is_file()
 
 
 def refuse(source: Any, output: Any, keep_if_faster: bool) -> None:
@@ -144,7 +151,7 @@ class Unfinished:
         """
         self.folder = progress_folder(output)
         self._texts: Sequence[str] = run["passes"]
-        self._lock: int | None = None
+        self._release: Callable[[], Any] | None = None
         try:
             self._open(run)
         except OSError as error:
@@ -163,7 +170,9 @@ class Unfinished:
         self.folder.mkdir(exist_ok=True)
         record = self.folder / _RUN
         if not record.exists():
-            foreign = sorted(n for n in os.listdir(self.folder) if n != _LOCK and not _OURS.fullmatch(n))
+            foreign = sorted(
+                n for n in os.listdir(self.folder) if n not in (_LOCK, _SAVING) and not _OURS.fullmatch(n)
+            )
             if foreign:
                 raise UsageError(
                     f"{self.folder} holds '{foreign[0]}', which is no progress of effic; move it away"
@@ -183,13 +192,13 @@ class Unfinished:
         if fcntl is None:
             return
         # Of the process, not of the file handle: it goes when the process is killed.
-        self._lock = os.open(
-            self.folder / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666
-        )
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        lock = os.open(self.folder / _LOCK, flags, 0o666)
+        self._release = weakref.finalize(self, os.close, lock)
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(self._lock)
+            self._release()
             raise UsageError(f"another run is working in {self.folder}; wait for it, or end it") from error
         except OSError:
             pass  # a file system without locks
@@ -247,13 +256,18 @@ class Unfinished:
         of = f" of {total}" if total is not None else ""
         return [f"resuming: {passes}" + (f", {count}{of} sites of {name}" if count else "") + " were done"]
 
-    def damaged(self) -> list[str]:
-        """What was left out because it was damaged, in a sentence, or nothing."""
+    def told(self, dry_run: bool) -> list[str]:
+        """What people are to know at the end of the run, each a sentence."""
+        told = list(self.notes)
         names = sorted({name for store in self._all for name in store.damaged})
-        if not names:
-            return []
-        more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
-        return [f"damaged in {self.folder}, so what they held was done again: {names[0]}{more}"]
+        if names:
+            more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
+            told.append(f"{names[0]}{more} in {self.folder} is damaged; what it held was done again")
+        if dry_run:
+            told.append(
+                f"what was done is kept in {self.folder}; without --dry-run, the next run goes on from it"
+            )
+        return told
 
     # -- checks and scores ---------------------------------------------------------------------------
 
@@ -282,17 +296,31 @@ class Unfinished:
 
     # -- the end -----------------------------------------------------------------------------------
 
+    def saving(self) -> None:
+        """Note that the output's files are about to take their names; see :func:`was_saving`."""
+        write_whole(self.folder / _SAVING, b"")
+
     def remove(self) -> None:
         """Remove the folder: the output is whole. What somebody else put there stays."""
-        names = [name for name in os.listdir(self.folder) if _OURS.fullmatch(name)]
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-        # The run itself last: without it, what is left of a removal that was interrupted belongs to nobody.
+        if self._release is not None:
+            self._release()
+        # At once: of a removal that is interrupted nothing is left that a run could go on with.
+        over = self.folder.with_name(self.folder.name + ".done")
         with contextlib.suppress(OSError):
-            for name in (*names, _LOCK, _RUN):
-                (self.folder / name).unlink(missing_ok=True)
-            self.folder.rmdir()
+            _empty(over)
+            self.folder.rename(over)
+            _empty(over)
+
+
+def _empty(folder: Path) -> None:
+    """Remove a folder of ours, but for what is not ours."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    names = [name for name in os.listdir(folder) if _OURS.fullmatch(name) or name in (_RUN, _LOCK, _SAVING)]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class _KeptChecker(Checker):

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effic.ir.encodings import Encoding, Outliers
-from effic.ir.errors import InvalidModelError, UsageError
+from effic.ir.errors import InvalidModelError, UnsupportedError, UsageError
 from effic.ir.model import Model, constant_tensor
 from effic.ir.safetensors_format import DTYPES, read_safetensors, write_safetensors
 from effic.ir.sparsity import Pattern, declare, declared
@@ -135,6 +135,8 @@ class FinishedSites(Store):
         super().__init__(folder, prefix)
         self.text, self.taken = text, 0
         self._total = Store(folder, f"{prefix}-total")
+        self._some = self.count() > 0
+        self._digests: dict[WeightSite, tuple[ir.TensorProtocol | None, str]] = {}
 
     @property
     def total(self) -> int | None:
@@ -150,12 +152,17 @@ class FinishedSites(Store):
 
     def has(self, site: WeightSite) -> bool:
         """Whether a weight was finished, and what was kept of it is whole."""
-        key = self._key(site)
+        # In a run that begins, no weight is read only to learn that nothing was kept of it.
+        key = self._key(site) if self._some else None
         return key is not None and self._found(site, key) is not None
 
     def put_back(self, model: Model, site: WeightSite, remarks: Remarks) -> bool:
-        """Do to a weight what was done to it before, remarks included; whether it was finished."""
-        key = self._key(site)
+        """Do to a weight what was done to it before, remarks included; whether it was finished.
+
+        Raises:
+            UsageError: what was kept is whole, and yet cannot be done: somebody else has written it.
+        """
+        key = self._key(site) if self._some else None
         found = None if key is None else self._found(site, key)
         if found is None:
             return False
@@ -174,17 +181,20 @@ class FinishedSites(Store):
             outliers = encoding.outliers
             if outliers is not None:
                 outliers = Outliers(np.array(outliers.indices), np.array(outliers.values))
-            site.write(
-                model,
-                dataclasses.replace(
-                    encoding, codes=tensor, scales=scales, zero_points=zeros, outliers=outliers
-                ),
+            whole = dataclasses.replace(
+                encoding, codes=tensor, scales=scales, zero_points=zeros, outliers=outliers
             )
+            try:
+                site.write(model, whole)
+            except (ValueError, UnsupportedError) as error:
+                raise UsageError(
+                    f"{self.folder} holds what cannot be a weight ({error}); remove the folder to begin anew"
+                ) from error
         elif description["kind"] == "values":
-            values = arrays["values"].view(site.dtype.numpy()).reshape(site.shape)
+            values = np.array(arrays["values"]).view(site.dtype.numpy()).reshape(site.shape)
             site.replace(model.scratch.tensor(site.name, values, site.dtype))
             pattern = description.get("pattern")
-            declare(model, site.name, None if pattern is None else Pattern.parse(pattern))
+            declare(model, site.name, None if pattern is None else Pattern.parse(str(pattern)))
         remarks.items.extend(_remarks(description["remarks"]))
         self.taken += 1
         return True
@@ -214,9 +224,13 @@ class FinishedSites(Store):
 
     def weight(self, site: WeightSite) -> str:
         """Digest of a weight's values."""
-        with site.matrix() as matrix:
-            flat = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8)
-            return hashlib.sha256(flat.data).hexdigest()
+        tensor = constant_tensor(site.value)
+        if site not in self._digests or self._digests[site][0] is not tensor:
+            with site.matrix() as matrix:
+                flat = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8)
+                self._digests[site] = tensor, hashlib.sha256(flat.data).hexdigest()
+                del flat
+        return self._digests[site][1]
 
     def _key(self, site: WeightSite) -> dict[str, Any] | None:
         if site.encoding is not None or site.why_not is not None or constant_tensor(site.value) is None:

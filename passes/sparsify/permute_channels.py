@@ -298,7 +298,8 @@ def _read_found(row: dict[str, Any], arrays: dict[str, np.ndarray], size: int) -
         return None
     if order is None or not np.array_equal(np.sort(order), np.arange(size)):
         return None
-    return Found(np.array(order), row["before"], row["after"], *counts), row["total"]
+    found = Found(np.array(order), row["before"], row["after"], row["rows"], row["attempts"])
+    return found, row["total"]
 
 
 def _figures(found: Found) -> dict[str, float | int]:

@@ -32,8 +32,8 @@ REASONS = 8
 @click.option("--passes", metavar="TEXT", help="Passes in order: 'fuse-conv-bn,quantize-rtn{bits=4}'.")
 @click.option("--preset", metavar="NAME", help="A named sequence of passes ('effic passes' lists them).")
 @click.option("--recipe", metavar="FILE", help="A TOML file of passes, target and checks.")
-@click.option("-o", "--output", metavar="FILE", help="The .onnx file to write.")
-@click.option("--target", metavar="TEXT", help="What it has to run on: ort-cpu (default) or portable.")
+@click.option("-o", "--output", metavar="FILE", help="The .onnx file to write; for tvm-cpu a folder.")
+@click.option("--target", metavar="TEXT", help="What it has to run on: ort-cpu (default), portable or tvm-cpu.")
 @click.option(
     "--lower", multiple=True, metavar="NAME=VALUE", help="An option of the target: --lower decode=call."
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -203,6 +204,23 @@ def test_sizes_of_dynamic_dimensions_are_buckets(tmp_path: Path) -> None:
         inputs_that_fit(
             TvmCpu(shapes="rows=1"), linear("rows"), {"x": np.zeros((5, K), np.float32)}, given=True, seed=0
         )
+
+
+def test_the_examples_of_the_page_run_as_they_stand(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("safetensors", reason="the example reads the weights with safetensors")
+    monkeypatch.chdir(built)
+    text = (Path(__file__).resolve().parents[3] / "docs" / "tvm.md").read_text()
+    with_effic, without = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, object] = {}
+    exec(compile(with_effic, "tvm.md", "exec"), names)
+    assert capsys.readouterr().out == "{'y': (2, 64)}\n"
+    assert "effic" not in without.replace("out.tvm", "")
+    exec(compile(without, "tvm.md", "exec"), names := {})
+    (found,) = names["outputs"]  # type: ignore[misc]
+    zeros = {"x": np.zeros((2, K), np.float32)}
+    np.testing.assert_array_equal(found.numpy(), TvmArtifact.load("out.tvm").run(zeros)["y"])
 
 
 def test_the_conformance_kit_holds_it_to_what_targets_promise() -> None:

@@ -67,6 +67,7 @@ _EXPORTS = {
     "optimize": "effic.optimize",
     "option": "effic.passes.base",
     "parse_passes": "effic.passes.spec",
+    "plan": "effic.plan",
     "read_back": "effic.backends.torch.read_back",
     "read_onnx": "effic.ir.onnx_format",
     "run_passes": "effic.passes.pipeline",

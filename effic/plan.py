@@ -244,7 +244,9 @@ def _check(
         return _Probe()
     need = least_need(model, sequence, check)
     if misfits(dataclasses.replace(need, file=0), have):
-        notes.append("the model was not run, since that does not fit; time and memory of the check are estimates")
+        notes.append(
+            "the model was not run, since that does not fit; time and memory of the check are estimates"
+        )
         return _Probe(memory=resident_memory() + need.memory)
     tell("running the original", 0, 1)
     reset_peak_memory()
@@ -302,7 +304,9 @@ def _note(
             "values of the others is decided while the run goes on"
         )
     if calibration is not None and calibration.count > FEW:
-        notes.append(f"calibrated on {FEW} samples of {calibration.count}: times are scaled, choices may differ")
+        notes.append(
+            f"calibrated on {FEW} samples of {calibration.count}: times are scaled, choices may differ"
+        )
     if scored:
         notes.append("scoring the metric takes time and memory that are not in these figures")
     if timed:

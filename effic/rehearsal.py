@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from effic.backends.base import Backend
+from effic.ir.cost import ModelCost, model_cost
 from effic.ir.memory import peak_memory, reset_peak_memory
 from effic.ir.model import Model
 from effic.ir.onnx_format import raise_opset
@@ -19,11 +21,11 @@ from effic.ir.tensors import Scratch
 from effic.ir.weights import WeightSite, weight_sites
 from effic.partial import literal
 from effic.passes.activations import operand
-from effic.passes.base import CalibratedPass, Pass, Remark, Remarks
+from effic.passes.base import Pass, Remark, Remarks
 from effic.passes.calibration import Calibration, RangeStatistics, SiteStatistics
 from effic.passes.calibration_data import Arrays, held
 from effic.passes.parts import STORE_BYTES
-from effic.passes.pipeline import Progress, Step, run_passes
+from effic.passes.pipeline import Progress, fingerprint, run_passes
 from effic.passes.spec import to_text
 
 FEW = 2
@@ -125,7 +127,7 @@ def rehearse(
     """
     items = [item.rehearsed() for item in sequence]
     trial = _Trial(backend, calibration, external)
-    first = next((i for i, item in enumerate(items) if item.candidates(model, Remarks()) is not None), None)
+    first = next((i for i, item in enumerate(items) if _by_weight(item)), None)
     tell = progress or (lambda text, number, total: None)
     tell("trying the passes", 0, 1)
     if first is None:
@@ -193,77 +195,68 @@ class _Trial:
             share: of the elements of those weights, what this one works on.
             lower: whether to lower the result, and tell the bytes of its file.
         """
+        # Graphs are full of cycles: what earlier runs left would count as this one's.
+        gc.collect()
         copy = model.clone()
         copy.scratch = Scratch()
+        skip = tuple(map(literal, leave))
+        tried = [_leaving(item, skip) if leave and _by_weight(item) else item for item in items]
         parts: list[Part] = []
         watch = self.watch
-        seconds = 0.0
-        for item in items:
-            tried = item
-            if leave and item.candidates(copy, Remarks()) is not None:
-                skip: tuple[str, ...] = getattr(item, "skip", ())
-                tried = dataclasses.replace(item, skip=(*skip, *map(literal, leave)))  # type: ignore[call-arg]
-            uses = isinstance(item, CalibratedPass) and item.uses_data
+
+        def begin(number: int) -> None:
+            if watch is not None and number < len(items):
+                watch.begin(to_text(items[number]), all_of, share)
+
+        def note(model: Model, item: Pass, number: int) -> None:
+            part = Part(item.name, to_text(items[number]), items[number], temporary=model.scratch.stored)
             if watch is not None:
-                watch.begin(to_text(item), all_of, share)
-            began = time.perf_counter()
-            result = run_passes(copy, [tried], check="off", calibration=watch if uses else None)
-            took = time.perf_counter() - began
-            part = _part(result.steps[0], item, copy)
-            if watch is not None and uses:
-                part.once = watch.once
-                part.seconds += watch.expected + watch.once - watch.inside
-                took += watch.expected + watch.once - watch.inside
-                part.memory += watch.memory
+                part.once, part.memory = watch.once, watch.memory
+                part.seconds = watch.expected + watch.once - watch.inside
                 part.temporary += watch.temporary
-            seconds += took
             parts.append(part)
+            begin(number + 1)
+
+        begin(0)
+        began = time.perf_counter()
+        result = run_passes(copy, tried, check="off", calibration=watch, after_pass=note)
+        seconds = time.perf_counter() - began + sum(part.seconds for part in parts)
+        for part, step in zip(parts, result.steps, strict=True):
+            part.changed, part.remarks = step.changed, [Seen(remark, 1) for remark in step.remarks]
+            part.weights, part.nodes = step.bytes_after, step.nodes_after
+            part.seconds += step.seconds
+            part.memory += step.peak_memory
         file = 0
         if lower:
-            parts.append(self._lower(copy, parts[-1] if parts else None))
+            parts.append(self._lower(copy, result.after))
             seconds += parts[-1].seconds
             file = file_bytes_of(copy, self.external)
         return _Run(parts, copy, file, seconds)
 
-    def _lower(self, model: Model, last: Part | None) -> Part:
-        from effic.ir.cost import model_cost
-
-        part, remarks = Part("lower", self.backend.text, None), Remarks()
+    def _lower(self, model: Model, cost: ModelCost) -> Part:
+        part, remarks, mark = Part("lower", self.backend.text, None), Remarks(), fingerprint(model)
         reset_peak_memory()
         began = time.perf_counter()
         self.backend.lower(model, remarks)
         part.seconds, part.memory = time.perf_counter() - began, peak_memory()
         model.forget_names()
-        cost = model_cost(model)
+        part.changed = fingerprint(model) != mark
+        if part.changed:
+            # Shapes that are known are handed on: to infer them anew is to work out compressed weights.
+            cost = model_cost(model, shapes=cost.shapes)
         part.weights, part.nodes, part.temporary = cost.weight_bytes, cost.nodes, model.scratch.stored
-        part.remarks = _counted(remarks.items)
-        part.changed = remarks.count("passed") > 0 or (last is not None and part.nodes != last.nodes)
+        part.remarks = [Seen(remark, 1) for remark in remarks.items]
         return part
 
 
-def _part(step: Step, item: Pass, model: Model) -> Part:
-    return Part(
-        step.name,
-        # As asked for, without the weights that a trial leaves alone.
-        to_text(item),
-        item,
-        step.changed,
-        step.seconds,
-        0.0,
-        step.peak_memory,
-        model.scratch.stored,
-        step.bytes_after,
-        step.nodes_after,
-        _counted(step.remarks),
-    )
+def _leaving(item: Pass, names: tuple[str, ...]) -> Pass:
+    """A pass that leaves weights alone as well."""
+    skip: tuple[str, ...] = getattr(item, "skip", ())
+    return dataclasses.replace(item, skip=(*skip, *names))  # type: ignore[call-arg]
 
 
 def _copied(part: Part) -> Part:
     return dataclasses.replace(part, remarks=list(part.remarks))
-
-
-def _counted(remarks: Sequence[Remark]) -> list[Seen]:
-    return [Seen(remark, 1) for remark in remarks]
 
 
 def _whole(run: _Run) -> Rehearsal:
@@ -278,6 +271,11 @@ def _joined(before: _Run, rest: Rehearsal) -> Rehearsal:
     rest.parts = [*before.parts, *rest.parts]
     rest.seconds += before.seconds
     return rest
+
+
+def _by_weight(item: Pass) -> bool:
+    """Whether a pass works weight by weight."""
+    return item.candidates(Model(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)), Remarks()) is not None
 
 
 # -- one weight of each kind -----------------------------------------------------------------------

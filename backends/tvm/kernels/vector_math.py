@@ -260,4 +260,14 @@ def replace_calls(body: Any) -> Any:
             return call if power is None else power
         return call
 
-    return tvm_ffi.structural_map(body, (ir.Call, replaced))
+    return tvm_ffi.structural_map(body, [(ir.Call, replaced), ((tirx.Max, tirx.Min), _with_nan)])
+
+
+def _with_nan(bound: Any) -> Any:
+    """A maximum or minimum with a constant that lets NaN through: a relu or a clip. LLVM's own returns the
+    constant."""
+    for x, limit in ((bound.a, bound.b), (bound.b, bound.a)):
+        if isinstance(limit, tirx.FloatImm) and str(bound.ty.dtype) == "float32":
+            beyond = (lambda v, c: v < c) if isinstance(bound, tirx.Max) else (lambda v, c: v > c)
+            return share(x, lambda v, limit=limit, beyond=beyond: tirx.Select(beyond(v, limit), limit, v))
+    return bound

@@ -7,7 +7,7 @@ and one store. :func:`blocks_of` reads them; the rest answers questions about th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import tvm_ffi
@@ -35,7 +35,6 @@ class Block:
     reduced: list[Axis]
     body: Any
     init: Any | None = None
-    values: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def axes(self) -> list[Axis]:

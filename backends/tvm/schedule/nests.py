@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -169,6 +170,7 @@ def _merged(axes: list[Axis], nodes: list[Any]) -> tuple[list[Axis], list[Any]]:
 
 def nest(block: Block, cpu: Cpu) -> Any:
     """The statement that runs one block."""
+    block = _simplified(block)
     if not block.reduced:
         if isinstance(block.body, tirx.BufferStore):
             return _spatial(block, cpu)
@@ -176,6 +178,20 @@ def nest(block: Block, cpu: Cpu) -> Any:
     if isinstance(block.body, tirx.BufferStore) and isinstance(block.init, tirx.BufferStore):
         return _reduction(block, cpu)
     return _plain(block, cpu)
+
+
+def _simplified(block: Block) -> Block:
+    """The block with indices as plain as the ranges of its axes allow: reshapes leave divisions behind."""
+    if not isinstance(block.body, tirx.BufferStore):
+        return block
+    analyzer = sym.Analyzer()
+    for axis in block.axes:
+        extent = _int(axis.extent) if isinstance(axis.extent, int) else axis.extent
+        analyzer.bind(axis.var, ir.Range(_int(0), extent))
+    store = block.body
+    indices = [analyzer.simplify(index) for index in store.indices]
+    body = tirx.BufferStore(store.buffer, analyzer.simplify(store.value), indices)
+    return replace(block, body=body)
 
 
 def _shared(axes: Sequence[Axis], work: int, cpu: Cpu) -> bool:

@@ -18,7 +18,13 @@ from tvm import relax
 from effic.backends.tvm.kernels.lanes import LANES
 from effic.backends.tvm.kernels.pool import GlobalMean, Pool2d
 from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
-from effic.backends.tvm.operators.convolution import clip_bounds, per_channel
+from effic.backends.tvm.operators.convolution import (
+    clip_bounds,
+    constant_pads,
+    pad,
+    pads_for_conv,
+    per_channel,
+)
 from effic.backends.tvm.operators.windows import read_window
 from effic.ir.model import constant_array, constant_tensor
 
@@ -264,6 +270,49 @@ def _transpose(lowering: Lowering, node: ir.Node) -> bool:
     return True
 
 
+def _pad(lowering: Lowering, node: ir.Node) -> bool:
+    """Zeros around the pixels, and whole blocks of channels."""
+    x = node.inputs[0]
+    if x is None or len(node.outputs) != 1:
+        return False
+    if pads_for_conv(lowering, node) is not None:
+        pad(lowering, node)
+        return True
+    pads, channels = constant_pads(node), lowering.shape(x)[1]
+    if pads is None or len(pads) != 8 or min(pads) < 0 or pads[0] or pads[4]:
+        return False
+    before, after = pads[1], pads[5]
+    # Zeros behind ragged channels would have to fill their block first.
+    if before % LANES or (after and channels % LANES):
+        return False
+    more = -(-(channels + before + after) // LANES) - -(-channels // LANES) - before // LANES
+    sides = [0, 0, before // LANES, more, pads[2], pads[6], pads[3], pads[7], 0, 0]
+    return _set(lowering, node, relax.op.nn.pad(lowering.blocked(x), sides), channels + before + after)
+
+
+def _slice(lowering: Lowering, node: ir.Node) -> bool:
+    """Some rows and columns of pixels."""
+    x, rest = node.inputs[0], [constant_array(value) for value in node.inputs[1:]]
+    if x is None or not 2 <= len(rest) <= 4 or any(array is None for array in rest):
+        return False
+    starts, ends, *others = ([int(n) for n in array.reshape(-1)] for array in rest if array is not None)
+    axes = [axis % 4 for axis in (others[0] if others else range(len(starts)))]
+    steps = others[1] if len(others) > 1 else [1] * len(axes)
+    if any(axis not in (2, 3) for axis in axes) or min(steps) < 1 or len(set(axes)) != len(axes):
+        return False
+    shape, cuts = lowering.shape(x), list[tuple[int, int, int]]()
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if not isinstance(shape[axis], int):
+            return False
+        first, last, _ = slice(start, end, step).indices(shape[axis])
+        if first >= last:
+            return False
+        cuts.append((first, last, step))
+    begin, end_, strides = (list(column) for column in zip(*cuts, strict=True))
+    y = relax.op.strided_slice(lowering.blocked(x), axes=axes, begin=begin, end=end_, strides=strides)
+    return _set(lowering, node, y)
+
+
 def _flatten(lowering: Lowering, node: ir.Node) -> bool:
     """One pixel in whole blocks is a row already."""
     x = node.inputs[0]
@@ -295,9 +344,11 @@ _CONVERTERS: dict[str, Callable[[Lowering, ir.Node], bool]] = {
     "Min": _binary(relax.op.minimum),
     "Mul": _binary(relax.op.multiply),
     "Neg": _unary(lambda x, _: relax.op.negative(x)),
+    "Pad": _pad,
     "ReduceMean": _reduce_mean,
     "Relu": _unary(lambda x, _: relax.op.nn.relu(x)),
     "Sigmoid": _unary(lambda x, _: relax.op.sigmoid(x)),
+    "Slice": _slice,
     "Sub": _binary(relax.op.subtract),
     "Sum": _binary(relax.op.add),
     "Tanh": _unary(lambda x, _: relax.op.tanh(x)),

@@ -59,10 +59,17 @@ def _one_axis(lowering: Lowering, node: ir.Node) -> bool:
 
 def _two_axes(lowering: Lowering, node: ir.Node) -> bool:
     x = node.inputs[0]
-    if lowering.cpu is None or x is None or len(shape := lowering.shape(x)) != 4:
+    if lowering.cpu is None or x is None:
+        return False
+    pads = (0, 0, 0, 0)
+    pad = x.producer()
+    if pad is not None and (found := pads_for_conv(lowering, pad)) is not None:
+        x, pads = pad.inputs[0], found
+        assert x is not None
+    if len(shape := lowering.shape(x)) != 4:
         return False
     blocked = lowering.is_blocked(x)
-    spec = _spec(lowering, node, shape, "float32" if blocked else dtype_of(lowering.value(x)))
+    spec = _spec(lowering, node, shape, "float32" if blocked else dtype_of(lowering.value(x)), pads)
     if spec is None:
         return False
     tail = _Tail(lowering, node, spec.filters, (shape[0], spec.filters, *spec.window.out))
@@ -76,7 +83,11 @@ def _two_axes(lowering: Lowering, node: ir.Node) -> bool:
 
 
 def _spec(
-    lowering: Lowering, node: ir.Node, shape: tuple[Any, ...], dtype: str
+    lowering: Lowering,
+    node: ir.Node,
+    shape: tuple[Any, ...],
+    dtype: str,
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Conv2d | DepthwiseConv2d | None:
     """The kernel of a convolution, None where there is none."""
     batch, channels, height, width = shape
@@ -85,7 +96,7 @@ def _spec(
     kernel = _weight_shape(lowering, node)
     if kernel is None:
         return None
-    window = read_window(node, height, width, kernel[2:])
+    window = read_window(node, height, width, kernel[2:], pads)
     if window is None:
         return None
     batch = batch if isinstance(batch, int) else None
@@ -210,6 +221,61 @@ def _pack_at_call(lowering: Lowering, weight: Any, spec: Conv2d | DepthwiseConv2
     if spec.plain_input:
         packed = emit(relax.op.reshape(packed, (blocks // r, channels, kh, kw, r * LANES)))
     return packed
+
+
+# -- what goes before a convolution ------------------------------------------------------------------
+
+
+def pad(lowering: Lowering, node: ir.Node) -> None:
+    """Pad: nothing where the convolution behind it does the padding, else the importer's."""
+    x, output = node.inputs[0], node.outputs[0]
+    if x is None or pads_for_conv(lowering, node) is None:
+        by_importer(lowering, node)
+        return
+    # Its one reader looks past it; the value only counts as made.
+    if lowering.is_blocked(x):
+        lowering.set_blocked(output, lowering.blocked(x), lowering.shape(x)[1])
+    else:
+        lowering.set(output, lowering.value(x))
+
+
+def pads_for_conv(lowering: Lowering, node: ir.Node) -> tuple[int, int, int, int] | None:
+    """Zeros around the pixels that the only reader, a convolution, can pad with; None for any other Pad.
+
+    Returns:
+        (top, left, bottom, right).
+    """
+    following = sole_consumer(node.outputs[0]) if len(node.outputs) == 1 else None
+    if node.op_type != "Pad" or node.domain or following is None or lowering.cpu is None:
+        return None
+    if following.op_type != "Conv" or following.domain or following.inputs[0] is not node.outputs[0]:
+        return None
+    pads = constant_pads(node)
+    x = node.inputs[0]
+    if pads is None or len(pads) != 8 or x is None or any(pads[i] for i in (0, 1, 4, 5)) or min(pads) < 0:
+        return None
+    plain = not lowering.is_blocked(x) and dtype_of(lowering.value(x)) != "float32"
+    if plain or following.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        return None
+    found = (pads[2], pads[3], pads[6], pads[7])
+    shape = lowering.shape(x)
+    spec = _spec(lowering, following, shape, "float32", found) if len(shape) == 4 else None
+    return None if spec is None else found
+
+
+def constant_pads(node: ir.Node) -> list[int] | None:
+    """The amounts of a Pad with constant zeros, None where they are computed or it pads with something else."""
+    if node.attributes.get_string("mode", "constant") != "constant":
+        return None
+    if "pads" in node.attributes:  # before opset 11
+        if node.attributes.get_float("value", 0.0):
+            return None
+        return [int(n) for n in node.attributes.get_ints("pads", ()) or ()]
+    rest = [*node.inputs[1:], None, None, None]
+    pads, value = constant_array(rest[0]), constant_array(rest[1])
+    if pads is None or rest[2] is not None or (rest[1] is not None and (value is None or value.any())):
+        return None
+    return [int(n) for n in pads.reshape(-1)]
 
 
 # -- what follows a convolution ---------------------------------------------------------------------

@@ -9,13 +9,20 @@ import onnx_ir as ir
 from effic.backends.tvm.kernels.conv import Window
 
 
-def read_window(node: ir.Node, height: int, width: int, kernel: Sequence[int]) -> Window | None:
+def read_window(
+    node: ir.Node,
+    height: int,
+    width: int,
+    kernel: Sequence[int],
+    more_pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Window | None:
     """The window of a node over an image; a signal's attributes count for the one row it is.
 
     Args:
         node: Conv, MaxPool or AveragePool.
         height, width: of the image.
         kernel: sizes along both axes.
+        more_pads: zeros that a Pad before the node adds (top, left, bottom, right).
 
     Returns:
         The window, None where the attributes fit no image (or ask for what windows do not have).
@@ -53,7 +60,7 @@ def read_window(node: ir.Node, height: int, width: int, kernel: Sequence[int]) -
             if (out - 1) * strides[axis] >= size[axis] + pads[axis]:
                 out -= 1
             pads[axis + 2] += max(0, (out - 1) * strides[axis] - places)
-    top, left, bottom, right = pads
+    top, left, bottom, right = (own + more for own, more in zip(pads, more_pads, strict=True))
     window = Window(
         height,
         width,

@@ -383,7 +383,7 @@ class Calibration:
             parts.close()
 
     def ranges(
-        self, model: Model, values: Sequence[ir.Value], *, bins: int = 2048
+        self, model: Model, values: Sequence[ir.Value], *, bins: int = 2048, remarks: Remarks | None = None
     ) -> dict[str, RangeStatistics]:
         """Extremes and histogram of values of the main graph over all samples, by name.
 
@@ -391,6 +391,7 @@ class Calibration:
             model: the model.
             values: of its main graph, floats or integers.
             bins: of a histogram, at most.
+            remarks: of the pass that asks, once: what an earlier run had measured for it is not measured again.
 
         Raises:
             NotMeasuredError: the model does not run on the samples, or values are not finite.
@@ -403,10 +404,25 @@ class Calibration:
         if missing:
             tell = self.progress or (lambda text, number, total: None)
             parts = self._cut(model, missing)
+            finished = None if remarks is None else remarks.finished
+            known = {} if finished is None else finished.ranges((str(v.name) for v in missing), bins)
+            open_ = [any(str(v.name) not in known for v in part.wanted) for part in parts.parts]
+            last = max((number for number, one in enumerate(open_) if one), default=-1)
             try:
                 for number, part in enumerate(parts.parts):
                     text = f"measuring ranges, part {number + 1} of {len(parts.parts)}"
-                    new = self._ranges(parts, part, bins, lambda i, t=text: tell(t, i, self.count))  # type: ignore[misc]
+                    asked = [name for v in part.wanted if (name := str(v.name)) not in known]
+                    new = {name: known[name] for v in part.wanted if (name := str(v.name)) in known}
+                    if number <= last:
+                        new |= self._ranges(
+                            parts,
+                            part,
+                            asked,
+                            bins,
+                            lambda i, t=text: tell(t, i, self.count),  # type: ignore[misc]
+                        )
+                    for name in asked if finished is not None else ():
+                        finished.keep_range(name, bins, new[name])
                     for name, statistics in new.items():
                         self._cache.add_range(name, bins, statistics)
                     found.update(new)
@@ -415,9 +431,9 @@ class Calibration:
         return {str(v.name): found[str(v.name)] for v in values}
 
     def _ranges(
-        self, parts: Parts, part: Part, bins: int, tell: Callable[[int], None]
+        self, parts: Parts, part: Part, names: Sequence[str], bins: int, tell: Callable[[int], None]
     ) -> dict[str, RangeStatistics]:
-        sums = {str(v.name): RangeAccumulator(bins) for v in part.wanted}
+        sums = {name: RangeAccumulator(bins) for name in names}
         for sample, values in enumerate(parts.run(part)):
             tell(sample)
             for name, one in sums.items():

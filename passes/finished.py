@@ -26,6 +26,7 @@ from effic.ir.safetensors_format import DTYPES, read_safetensors, write_safetens
 from effic.ir.sparsity import Pattern, declare, declared
 from effic.ir.weights import WeightSite
 from effic.passes.base import Remark
+from effic.passes.statistics import RangeStatistics
 
 if TYPE_CHECKING:
     from effic.passes.base import Remarks
@@ -40,6 +41,8 @@ _CODES = ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")
 # Codes, scales of groups of one, zero points and outliers with their positions take less for a weight,
 # and remarks less than this.
 _SITE_BYTES, _REMARK_BYTES = 32, 1 << 20
+_RANGE_BYTES = 64 << 20
+_RANGE_ARRAYS = ("counts", "edges", "channel_low", "channel_high", "channel_mean")
 
 
 class Store:
@@ -222,6 +225,28 @@ class FinishedSites(Store):
         """What is to be known of a weight before a pass works on it."""
         return Begun(self._key(site), constant_tensor(site.value), len(remarks.items))
 
+    def ranges(self, names: Iterable[str], bins: int) -> dict[str, RangeStatistics]:
+        """The ranges that were measured, by name of the value; of the others there is nothing."""
+        found = ((name, self.get(self._range(name, bins), _RANGE_BYTES)) for name in names)
+        known = {}
+        for name, one in found:
+            if one is None:
+                continue
+            if (statistics := _read_range(*one)) is None:
+                self._leave(self.path(self._range(name, bins)))
+                continue
+            known[name] = statistics
+        return known
+
+    def keep_range(self, name: str, bins: int, found: RangeStatistics) -> None:
+        """Keep the range of a value."""
+        row = {"low": found.low, "high": found.high}
+        arrays = {n: a for n in _RANGE_ARRAYS if (a := getattr(found, n)) is not None}
+        self.put(self._range(name, bins), row, arrays)
+
+    def _range(self, name: str, bins: int) -> dict[str, Any]:
+        return {"pass": self.text, "range": name, "bins": bins}
+
     def weight(self, site: WeightSite) -> str:
         """Digest of a weight's values."""
         tensor = constant_tensor(site.value)
@@ -361,6 +386,22 @@ def _read_encoding(site: WeightSite, row: Mapping[str, Any], arrays: Arrays) -> 
         else ir.Tensor(codes.view(kind.numpy()).reshape(shape), dtype=kind)
     )
     return Encoding(stand_in, scales, zeros, axis, block, bits, site.shape, outliers, row["weight"])
+
+
+def _read_range(row: Mapping[str, Any], arrays: Arrays) -> RangeStatistics | None:
+    """A range that was kept, or None where it is nothing of that kind."""
+    low, high = row.get("low"), row.get("high")
+    copies = {name: np.array(arrays[name]) for name in _RANGE_ARRAYS if name in arrays}
+    counts, edges = copies.pop("counts", None), copies.pop("edges", None)
+    if counts is None or edges is None or counts.ndim != 1 or edges.shape != (len(counts) + 1,):
+        return None
+    channels = {(array.dtype, array.shape) for array in copies.values()}
+    right = len(channels) <= 1 and all(d == np.float32 and len(s) == 1 for d, s in channels)
+    if not right or (counts.dtype, edges.dtype) != (np.int64, np.float64):
+        return None
+    if type(low) is not float or type(high) is not float:
+        return None
+    return RangeStatistics(low, high, counts, edges, **copies)
 
 
 def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:

@@ -141,7 +141,7 @@ class _Static:
         # For comparison; tensors are shared, so that it costs next to nothing.
         original = model.clone()
         method: Method = options.ranges
-        statistics = self.calibration.ranges(model, plan.values)
+        statistics = self.calibration.ranges(model, plan.values, remarks=self.remarks)
         own = {v: thresholds(statistics[str(v.name)], method, options.percentile) for v in plan.values}
         covered = shared_thresholds(plan, own)
         figures = self._write_weights(covered)

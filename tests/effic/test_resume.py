@@ -27,7 +27,7 @@ from effic.ir.safetensors_format import read_safetensors, write_safetensors
 from effic.ir.weights import weight_sites
 from effic.optimize import Report, optimize
 from effic.passes.finished import FinishedSites, Store, _digest
-from effic.passes.statistics import Accumulator
+from effic.passes.statistics import Accumulator, RangeAccumulator
 from effic.record import get_build
 from tests.effic.test_killed import Run, chain, content, server
 
@@ -154,6 +154,35 @@ def test_nothing_is_gathered_or_run_for_what_is_done(
     assert [step.resumed for step in report.steps] == [LAYERS, 0, 2, None]
     assert Path("out.onnx").read_bytes() == Path("plain.onnx").read_bytes()
     assert f"resuming: 2 of 3 passes, 2 of {LAYERS} sites of quantize-gptq were done" in report.notes
+
+
+def test_ranges_are_measured_once(job: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effic.passes.calibration.PART_BYTES", 1 << 14)
+    text = "quantize-int8{bias_correction=false}"
+    made: list[int] = []
+    begin = RangeAccumulator.__init__
+
+    def counted(self: RangeAccumulator, bins: int) -> None:
+        if len(made) >= stopped:
+            raise Stopped
+        made.append(1)
+        begin(self, bins)
+
+    stopped = sys.maxsize
+    monkeypatch.setattr(RangeAccumulator, "__init__", counted)
+    job(text, "plain.onnx")
+    whole, stopped = len(made), len(made) // 2
+    assert whole >= LAYERS
+    made.clear()
+    with pytest.raises(Stopped):
+        job(text, "out.onnx", resume=True)
+    kept = len(list(Path("out.onnx.progress").glob("01-*.kept")))
+    assert 0 < kept <= stopped
+    made.clear()
+    stopped = sys.maxsize
+    job(text, "out.onnx", resume=True)
+    assert len(made) == whole - kept
+    assert Path("out.onnx").read_bytes() == Path("plain.onnx").read_bytes()
 
 
 # -- killed at random moments ----------------------------------------------------------------------

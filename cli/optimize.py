@@ -33,7 +33,9 @@ REASONS = 8
 @click.option("--preset", metavar="NAME", help="A named sequence of passes ('effic passes' lists them).")
 @click.option("--recipe", metavar="FILE", help="A TOML file of passes, target and checks.")
 @click.option("-o", "--output", metavar="FILE", help="The .onnx file to write; for tvm-cpu a folder.")
-@click.option("--target", metavar="TEXT", help="What it has to run on: ort-cpu (default), portable or tvm-cpu.")
+@click.option(
+    "--target", metavar="TEXT", help="What it has to run on: ort-cpu (default), portable or tvm-cpu."
+)
 @click.option(
     "--lower", multiple=True, metavar="NAME=VALUE", help="An option of the target: --lower decode=call."
 )
@@ -92,6 +94,16 @@ REASONS = 8
     is_flag=True,
     help="Keep what is done in OUTPUT.progress/, and go on where an interrupted run stopped.",
 )
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Say what the run would take (memory, disk, time, places changed), and write nothing.",
+)
+@click.option(
+    "--no-fit-check",
+    is_flag=True,
+    help="Start even where the run seems not to fit into memory or on the disk.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def optimize(
@@ -121,6 +133,8 @@ def optimize(
     external_data: bool | None,
     record: bool,
     resume: bool,
+    plan: bool,
+    no_fit_check: bool,
     as_json: bool,
     quiet: bool,
     **scoring: Any,
@@ -138,11 +152,12 @@ def optimize(
       effic optimize model.onnx --preset int8 --inputs data.npz --report report.json -o out.onnx
       effic optimize model.onnx --passes quantize-gptq --calib images.npz -o out.onnx
       effic optimize model.onnx --preset int4 --metric top1 --data val.npz --max-drop 0.5 -o out.onnx
+      effic optimize model.onnx --preset int4 --plan
     """
     from effic.ir.errors import UsageError
     from effic.optimize import optimize as run
 
-    if output is None and (force or external_data is not None):
+    if output is None and not plan and (force or external_data is not None):
         flag = "--force" if force else "--external-data" if external_data else "--single-file"
         raise UsageError(f"{flag} does nothing without an output; give -o out.onnx")
     options = _choose(passes, preset, recipe)
@@ -171,6 +186,12 @@ def optimize(
     options["keep_if_faster"] = keep_if_faster
     if require_change:
         options["require_change"] = True
+    if plan:
+        from effic.cli.plan import show_plan
+
+        more = {"output": output, "inputs": inputs, "external": external_data}
+        show_plan(model, options, as_json=as_json, quiet=quiet, **more)
+        return
     _known(print_after, options["passes"])
     _writable(report_file, "report", model, output)
     _folder(dump_dir)
@@ -191,6 +212,7 @@ def optimize(
             external=external_data,
             record=record,
             resume=resume,
+            fit_check=not no_fit_check,
             after_pass=_after_pass(print_after, dump_dir),
             progress=advance,
             **options,

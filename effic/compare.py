@@ -170,7 +170,7 @@ def compare(
     models = tuple(
         model_of(read_manifest(p)) if f else read_onnx(p) for p, f in zip((a, b), folders, strict=True)
     )
-    _same_inputs(*models, a, b)
+    _same_inputs(models[0], models[1], a, b)
     runs = _opened(a, folders[0], as_written), _opened(b, folders[1], as_written)
     comparison = Comparison(os.fspath(a), os.fspath(b), _engine(folders, as_written), "")
     pairs = _paired_outputs(*runs, comparison)

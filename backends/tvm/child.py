@@ -107,7 +107,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _error(failed: Mapping[str, str]) -> errors.EfficError:
     """The child's error again, of the same class."""
-    found = errors.EfficError.__new__(getattr(errors, failed["kind"], errors.EfficError))
+    kind: type[errors.EfficError] = getattr(errors, failed["kind"], errors.EfficError)
+    found = kind.__new__(kind)
     Exception.__init__(found, failed["text"])
     return found
 

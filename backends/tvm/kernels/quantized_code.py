@@ -37,6 +37,8 @@ _PANEL = 2
 """Chunks of a decoded panel."""
 
 _VPERMPS = "llvm.x86.avx512.permvar.sf.512"
+_VCVTPS2DQ = "llvm.x86.avx512.mask.cvtps2dq.512"
+_CURRENT_ROUNDING = 4
 _VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
 
 
@@ -53,16 +55,18 @@ class _Laid:
     """Activations as the tiles read them: a row per group of columns and row of x.
 
     Attributes:
-        values: fp32 or int8 ``[groups, M, padded_k + a line]``.
-        sums: what the zero points take off: per k group (fp32, ``oc``), per row (fp32, ``ic``, at 0), per segment (int8: int32).
+        values: fp32 or int8 ``[groups, rows, padded_k + a line]``.
+        sums: what the zero points take off: fp32 per group along k, or int32 per segment (int8).
         scales: fp32 per segment, int8 only.
         first: the group that index 0 stands for.
+        row: the row of x that index 0 stands for.
     """
 
     values: Any
     sums: Any
     scales: Any
     first: Any
+    row: Any
 
 
 class _Code:
@@ -153,11 +157,15 @@ class _Code:
     # -- activations ------------------------------------------------------------------------------
 
     def plain_activations(self) -> Any:
-        """x as it is where the weight is not padded along k, else a copy with zeros in the same places."""
+        """x as it is where the weight is not padded along k, else a copy with zeros in the same places.
+
+        A dense tile reads many rows at once, and takes a copy in any case.
+        """
         spec, T = self.spec, self.T
-        if spec.padded_k == spec.k:
+        if spec.padded_k == spec.k and self.direct:
             return self.x
-        plain = T.alloc_buffer((spec.m, spec.padded_k), "float32")
+        # A line more per row: rows a power of two apart would fall into one set of the L1 cache.
+        plain = T.alloc_buffer((spec.m, spec.padded_k + LANES), "float32")
         stride = spec.pieces * spec.segment
         full = spec.k // spec.k_group
 
@@ -182,39 +190,30 @@ class _Code:
                 copy(row, full, spec.k % spec.k_group)
         return plain
 
-    @property
-    def laid_per_group(self) -> bool:
-        """Whether activations differ from group to group of columns."""
-        return self.inputs
-
-    @property
-    def groups_per_block(self) -> int:
-        return max(1, COLUMNS // self.spec.n_stride)
-
-    def lay_out(self, groups: int, first: Any, parallel: bool) -> _Laid:
-        """Activations of ``groups`` groups of columns from ``first`` on."""
+    def lay_out(self, groups: int, first: Any, row: Any, rows: int, parallel: bool) -> _Laid:
+        """Activations of ``groups`` groups of columns from ``first`` on and ``rows`` rows from ``row`` on."""
         spec, T = self.spec, self.T
         if self.integers:
-            values = T.alloc_buffer((groups, spec.m, spec.padded_k + 64), "int8")
-            sums = T.alloc_buffer((groups, spec.m, spec.segments), "int32")
-            scales = T.alloc_buffer((groups, spec.m, spec.segments), "float32")
+            values = T.alloc_buffer((groups, rows, spec.padded_k + 64), "int8")
+            sums = T.alloc_buffer((groups, rows, spec.segments), "int32")
+            scales = T.alloc_buffer((groups, rows, spec.segments), "float32")
         else:
-            values = T.alloc_buffer((groups, spec.m, spec.padded_k + LANES), "float32")
-            sums = T.alloc_buffer((groups, spec.m, spec.k_groups), "float32")
+            values = T.alloc_buffer((groups, rows, spec.padded_k + LANES), "float32")
+            sums = T.alloc_buffer((groups, rows, spec.k_groups), "float32")
             scales = None
-        laid = _Laid(values, sums, scales, first)
-        with loop(T, groups * spec.m, parallel) as i:
-            group, row = T.floordiv(i, spec.m), T.floormod(i, spec.m)
+        laid = _Laid(values, sums, scales, first, row)
+        with loop(T, groups * rows, parallel) as i:
+            group, line = T.floordiv(i, rows), T.floormod(i, rows)
             if self.integers:
                 with T.serial(spec.segments) as segment:
-                    self.round_segment(laid, group, row, segment)
+                    self.round_segment(laid, group, line, segment)
             else:
                 with T.serial(spec.k_groups) as k_group:
-                    self.scale_group(laid, group, row, k_group)
+                    self.scale_group(laid, group, line, k_group)
         return laid
 
     def activation(self, laid: _Laid, group: Any, row: Any, k: Any) -> Any:
-        value = self.read(self.plain, row, k)
+        value = self.read(self.plain, laid.row + row, k)
         if self.inputs:
             value = value * self.read(self.scales, laid.first + group, k)
         return value
@@ -260,14 +259,22 @@ class _Code:
         with T.serial(count) as i:
             k = segment * spec.segment + i * LANES
             scaled = self.read(kept, i * LANES) * T.broadcast(peak[1], LANES)
-            code = T.cast(T.nearbyint(scaled), "int32x16")
+            code = self.rounded(scaled)
             self.write_lanes(laid.values, T.cast(code, "int8x16"), group, row, k)
             if self.inputs and self.zeros is not None:
                 zero = T.cast(self.read(self.zeros, laid.first + group, k), "int32x16")
                 code = code * (zero + self.integer(spec.middle))
             self.write_lanes(total, self.read(total, 0) + code, 0)
-        self_sum = self.reduced(self.read(total, 0), "add", "int32")
-        T.buffer_store(laid.sums, self_sum, [group, row, segment])
+        whole = self.reduced(self.read(total, 0), "add", "int32")
+        T.buffer_store(laid.sums, whole, [group, row, segment])
+
+    def rounded(self, value: Any) -> Any:
+        """The nearest integers, of two the even one."""
+        T = self.T
+        if self.avx512:
+            mask, mode = T.Cast("int16", T.int32(-1)), T.int32(_CURRENT_ROUNDING)
+            return T.call_llvm_pure_intrin(_VCVTPS2DQ, value, self.integer(0), mask, mode, dtype="int32x16")
+        return T.cast(T.nearbyint(value), "int32x16")
 
     def reduced(self, vector: Any, how: str, dtype: str = "float32") -> Any:
         """One number of 16 lanes."""
@@ -283,28 +290,32 @@ class _Code:
 
     def write_direct(self) -> None:
         spec, T = self.spec, self.T
-        together = self.inputs and spec.n_groups <= SHARED_GROUPS or not self.inputs
+        most = max(1, self.registers - 4)
+        rows, full, rest = tiles(spec.m, min(12, most))
+        chunks = CHUNKS
+        while chunks > 1 and rows * chunks > most:
+            chunks //= 2
         laid = None
-        if together:
+        if not self.inputs or spec.n_groups <= SHARED_GROUPS:
             groups = spec.n_groups if self.inputs else 1
-            laid = self.lay_out(groups, 0, self.parallel and groups * spec.m > 1 and spec.m >= 16)
+            laid = self.lay_out(groups, 0, 0, spec.m, self.parallel and spec.m >= LANES)
         with loop(T, spec.blocks, self.parallel) as block:
-            here = laid
-            if here is None:
-                here = self.lay_out(self.groups_per_block, T.floordiv(block * COLUMNS, spec.n_stride), False)
-            most = max(1, self.registers - 4)
-            rows, full, rest = tiles(spec.m, min(12, most))
-            chunks = CHUNKS
-            while chunks > 1 and rows * chunks > most:
-                chunks //= 2
             sums = T.alloc_buffer((rows, COLUMNS), "float32")
+
+            def tile(first: Any, count: int) -> None:
+                here = laid
+                if here is None:
+                    group = T.floordiv(block * COLUMNS, spec.n_stride)
+                    here = self.lay_out(max(1, COLUMNS // spec.n_stride), group, first, count, False)
+                self.direct_tile(here, sums, block, first, count, chunks)
+
             if full > 1:
-                with T.serial(full) as tile:
-                    self.direct_tile(here, sums, block, tile * rows, rows, chunks)
+                with T.serial(full) as number:
+                    tile(number * rows, rows)
             else:
-                self.direct_tile(here, sums, block, 0, rows, chunks)
+                tile(0, rows)
             if rest:
-                self.direct_tile(here, sums, block, full * rows, rest, chunks)
+                tile(full * rows, rest)
 
     def direct_tile(self, laid: _Laid, sums: Any, block: Any, first: Any, rows: int, chunks: int) -> None:
         T = self.T
@@ -345,7 +356,7 @@ class _Code:
             for row, chunk, cell in cells:
                 value = splat(T, 0.0)
                 if self.integers:
-                    begin = laid.sums[groups[chunk], first + row, part]
+                    begin = laid.sums[groups[chunk], first + row - laid.row, part]
                     if self.zeros is None or not self.inputs:
                         begin = begin * T.int32(spec.middle)
                     value = self.integer(T.int32(0) - begin)
@@ -382,10 +393,10 @@ class _Code:
                 cell = (row * chunks + chunk) * LANES
                 at = index * spec.per_word + k
                 if self.integers:
-                    four = laid.values[group, first + row, T.ramp(at, 1, 4)]
+                    four = laid.values[group, first + row - laid.row, T.ramp(at, 1, 4)]
                     value = self.dotted(self.read(total, cell), word, k // 4, four)
                 else:
-                    x = splat(T, laid.values[group, first + row, at])
+                    x = splat(T, laid.values[group, first + row - laid.row, at])
                     value = self.read(total, cell) + x * self.decoded(word, k)
                 self.write_lanes(total, value, cell)
 
@@ -398,12 +409,12 @@ class _Code:
             total = T.cast(total, "float32x16")
         k_group = T.floordiv(part, spec.pieces) if self.integers else part
         if self.zeros is not None and not (self.inputs and self.integers):
-            off = splat(T, T.cast(laid.sums[group, row, part], "float32"))
+            off = splat(T, T.cast(laid.sums[group, row - laid.row, part], "float32"))
             if not self.inputs:
                 off = off * T.cast(self.read(self.zeros, block, k_group, column), "float32x16")
             total = total - off
         if self.integers:
-            total = total * splat(T, laid.scales[group, row, part])
+            total = total * splat(T, laid.scales[group, row - laid.row, part])
         if not self.inputs:
             total = total * self.read(self.scales, block, k_group, column)
         return total

@@ -120,7 +120,7 @@ def stored_sites(model: Model, shown: Shown) -> list[Stored]:
                 name, row.kind, row.shape_oi, nodes, row.storage, bits, group, row.bytes, row.why_not, site
             )
         )
-    constants, inner = Constants(model), set()
+    constants, inner = Constants(model), set[str]()
     for site in sites.values():
         if constants.is_derived(site.value.producer()):
             found.append(_decoded(site, constants, inner))

@@ -156,6 +156,74 @@ def test_the_figures_are_those_of_the_record(look, built: Path) -> None:
     assert set(remarks) == {"fc1.weight", "fc2.weight"}
 
 
+def test_the_time_of_passes_is_that_of_the_record(look, built: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.onnx").write_bytes((built / "int4.onnx").read_bytes())
+    record = json.loads((built / "int4.effic.json").read_text())
+    fused, rounded = (step["text"] for step in record["measured"]["steps"][:2])
+    timing = {"load_ms": 0, "low_ms": 1, "high_ms": 1, "path": "x", "runs_per_batch": 1}
+    record["measured"]["speed"] = {
+        "steps": [
+            {"text": fused, "speedup": 2.0, "low": 1.9, "high": 2.1, "kept": True},
+            {"text": "quantize-rtn on Gemm alone", "speedup": 9.0, "low": 9.0, "high": 9.0, "kept": True},
+            {"text": rounded, "speedup": 1.25, "low": 1.2, "high": 1.3, "kept": True},
+        ],
+        "total": {
+            "a": {**timing, "median_ms": 8.0},
+            "b": {**timing, "median_ms": 3.3},
+            "speedup": 2.5,
+            "speedup_low": 2.4,
+            "speedup_high": 2.6,
+            "threads": 1,
+        },
+    }
+    (tmp_path / "out.effic.json").write_text(json.dumps(record))
+    report([tmp_path / "out.onnx"], tmp_path / "out.html")
+    driver = look(tmp_path / "out.html")
+    drawn = driver.execute_script("return [...document.querySelectorAll('#passes .chart')].at(-1).data[0]")
+    assert drawn["measure"] == ["absolute", "relative", "relative", "absolute"]
+    assert drawn["x"] == pytest.approx([8.0, -4.0, -0.8, 3.2])
+    assert driver.find_elements("css selector", "#passes .note") == []
+    assert find(driver, "#card-speed dd").text == "2.50×"
+    assert errors(driver) == []
+
+
+CONTRAST = """
+const light = (text) => {
+  const parts = text.match(/[0-9.]+/g).slice(0, 3).map((part) => part / 255);
+  const [r, g, b] = parts.map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const ground = (each) => {
+  for (let at = each; at; at = at.parentElement) {
+    const colour = getComputedStyle(at).backgroundColor;
+    if (!/, 0\\)$/.test(colour) && colour !== "transparent") return colour;
+  }
+};
+const low = [];
+for (const each of document.querySelectorAll("main *, header *")) {
+  if (each.closest("svg") || each.disabled || !each.offsetParent) continue;
+  if (![...each.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())) continue;
+  const pair = [light(getComputedStyle(each).color), light(ground(each))].sort((a, b) => b - a);
+  const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
+  if (ratio < 4.5) low.push([each.outerHTML.slice(0, 80), ratio]);
+}
+return low;
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_texts_stand_out_from_their_ground(look, built: Path, theme: str) -> None:
+    driver = look(built / "all.html")
+    feature = {"name": "prefers-color-scheme", "value": theme}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    assert driver.execute_script(CONTRAST) == []
+    # The measure itself sees what is wrong.
+    driver.execute_script(
+        "document.querySelector('#notes').innerHTML = '<p style=\"color:#888;background:#999\">x</p>'"
+    )
+    assert len(driver.execute_script(CONTRAST)) == 1
+
+
 def test_another_output_is_chosen(look, built: Path) -> None:
     driver = look(built / "all.html")
     points = driver.execute_script("return document.querySelector('#outputs .chart').data[0]")

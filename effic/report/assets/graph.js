@@ -184,10 +184,11 @@ function neighbourhoods(output, state) {
     show();
     document.getElementById("h-graph").scrollIntoView({ block: "start" });
   };
-  if (!state.names) {
-    const heaviest = after.nodes.reduce((best, node) => (node[3] > best[3] ? node : best), after.nodes[0] || ["", "", [], 0]);
-    state.names = [heaviest[0], heaviest[0]];
-  }
+  // First the largest weight, as the table has it.
+  const first = output.sites.reduce((best, site) => ((site.bytes_after || 0) > (best ? best.bytes_after : 0) ? site : best), null);
+  const [now, was] = first ? [first.node_after, first.node_before] : [null, null];
+  const any = after.nodes.length ? after.nodes[0][0] : "";
+  state.names = [now || was || any, was || now || any];
   queueMicrotask(() => show());
   return [
     el("p", null, "Values run from left to right. Choose a box to look around it."),

@@ -40,12 +40,15 @@ function outputsSection() {
         picture);
     }
   }
-  const value = (row) => (row.quality === null ? (row.equal ? "equal" : "–") : `${figure(row.quality)}${quality && quality.unit ? ` ${quality.unit}` : ""}`);
+  // Of one output alone its record knows how far it is from the original, on the inputs it was checked on.
+  const own = DATA.outputs.length === 1 && !quality;
+  const value = (row) => own ? (row.distance_equal ? "equal" : row.sqnr_db === null ? "–" : `${row.sqnr_db.toFixed(1)} dB`) :
+    (row.quality === null ? (row.equal ? "equal" : "–") : `${figure(row.quality)}${quality && quality.unit ? ` ${quality.unit}` : ""}`);
   const original = DATA.reference ? [{ cells: [
     el("span", null, named(DATA.reference.name), " (original)"), size(DATA.reference.file_bytes), "", size(DATA.reference.weight_bytes),
     amount(DATA.reference.nodes), quality && quality.reference !== null ? figure(quality.reference) : "–", "–"] }] : [];
   made.push(table("The outputs", [["model", "wide"], ["file", "figure"], ["change", "figure"], ["weights", "figure"], ["nodes", "figure"],
-    [quality ? quality.title : "quality", "figure"], ["speed", "figure"]],
+    [quality ? quality.title : own ? "SQNR of the outputs" : "quality", "figure"], ["speed", "figure"]],
   [...original, ...DATA.outputs.map((row, at) => ({
     attributes: { class: at === chosen.at && DATA.outputs.length > 1 ? "chosen" : null },
     cells: [
@@ -54,7 +57,7 @@ function outputsSection() {
         : named(row.name),
       { content: size(row.file_bytes), value: row.file_bytes }, DATA.reference ? change(DATA.reference.file_bytes, row.file_bytes) : "–",
       { content: size(row.weight_bytes), value: row.weight_bytes }, { content: amount(row.nodes), value: row.nodes },
-      { content: value(row), value: row.quality }, row.speed ? { content: `${row.speed.speedup.toFixed(2)}×`, value: row.speed.speedup } : "–",
+      { content: value(row), value: own ? row.sqnr_db : row.quality }, row.speed ? { content: `${row.speed.speedup.toFixed(2)}×`, value: row.speed.speedup } : "–",
     ] }))], { id: "outputs-table" }));
   return made.filter(Boolean);
 }

@@ -55,6 +55,17 @@ def load_backend(name: str) -> type[Backend]:
     return found
 
 
+def get_backends(text: str) -> list[Backend]:
+    """The targets a text names: ``ort-cpu,tvm-cpu{activations=int8}``.
+
+    Raises:
+        UsageError: an unknown target or option, or a value out of range.
+    """
+    from effic.passes.spec import build, parse_several
+
+    return [build(load_backend(name), name, options, text, at) for name, at, options in parse_several(text)]
+
+
 def get_backend(text: str) -> Backend:
     """The target a text names: ``ort-cpu`` or ``ort-cpu{accuracy_level=0}``.
 

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("b", type=click.Path(), required=False)
+@click.option(
+    "--backends", metavar="TEXT", help="Compare A on two targets instead: --backends ort-cpu,tvm-cpu."
+)
+@click.option("--taps", is_flag=True, help="With --backends: compare the values of all nodes too.")
 @click.option("--inputs", metavar="NPZ", help="Run both on these inputs (arrays by input name).")
 @click.option("--seed", default=0, show_default=True, help="Seed of the made-up inputs, without --inputs.")
 @click.option("--count", default=4, show_default=True, help="Sets of made-up inputs.")
@@ -40,7 +44,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the distances as JSON.")
 def compare(
     a: str,
-    b: str,
+    b: str | None,
+    backends: str | None,
+    taps: bool,
     inputs: str | None,
     seed: int,
     count: int,
@@ -55,7 +61,8 @@ def compare(
 ) -> None:
     """How far the outputs of B lie from those of A, on the same inputs.
 
-    Each is an .onnx file or the folder of a build for tvm-cpu.
+    Each is an .onnx file or the folder of a build for tvm-cpu. With --backends, A is built for two
+    targets, and what they compute is compared, the first being the reference.
 
     With --metric both are scored on --data as well, A being the reference.
 
@@ -64,18 +71,34 @@ def compare(
     """
     from effic.compare import Bounds
     from effic.compare import compare as run
+    from effic.cross_check import cross_check
+    from effic.ir.errors import UsageError
 
     bounds = Bounds(max_abs, rtol, min_sqnr, min_cosine, min_top1)
-    comparison = run(
-        a,
-        b,
-        inputs=inputs,
-        seed=seed,
-        count=count,
-        as_written=as_written,
-        bounds=bounds,
-        accuracy=accuracy(scoring),
-    )
+    wanted = accuracy(scoring)
+    if (b is None) == (backends is None):
+        raise UsageError(
+            "name a second model, or two targets with --backends ort-cpu,tvm-cpu; one of the two"
+        )
+    if taps and backends is None:
+        raise UsageError("--taps does nothing without --backends; leave it out")
+    if b is not None:
+        comparison = run(
+            a,
+            b,
+            inputs=inputs,
+            seed=seed,
+            count=count,
+            as_written=as_written,
+            bounds=bounds,
+            accuracy=wanted,
+        )
+    else:
+        if as_written or wanted is not None:
+            raise UsageError("--as-written and --metric do nothing with --backends; leave them out")
+        comparison = cross_check(
+            a, backends or "", inputs=inputs, seed=seed, count=count, taps=taps, bounds=bounds
+        )
     if as_json:
         console.print_json(comparison.to_dict())
     else:

@@ -40,6 +40,11 @@ def parse_one(text: str) -> tuple[str, int, dict[str, tuple[Any, int]]]:
     return items[0]
 
 
+def parse_several(text: str) -> list[tuple[str, int, dict[str, tuple[Any, int]]]]:
+    """Names, their places and raw options of ``name{…},name{…}``."""
+    return _Reader(text).items()
+
+
 def build_pass(name: str, options: Mapping[str, tuple[Any, int]], text: str, at: int) -> Pass:
     """A pass from its name and raw option texts (each with its place in ``text``)."""
     try:

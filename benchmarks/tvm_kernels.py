@@ -1,0 +1,245 @@
+"""effic's TVM kernels beside ONNX Runtime's: one matrix product, hot and out of cache, one thread.
+
+All calls take turns in one process. A ratio is the median over the rounds of the reference's time over
+the kernel's in the same round; times are processor time of the calling thread, so that other work on the
+machine shows less. *Hot* calls use one copy of the weight, *cold* ones walk through copies that together
+are larger than any cache. GB/s counts the packed weight, read once; it is set against what this core
+reads from memory (cold) in a plain sum. Other families of kernels add rows: see :class:`Subject`.
+
+    python -m benchmarks tvm_kernels
+    python -m benchmarks.tvm_kernels [SIZE …]
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import machine, table
+
+SIZES = (2048, 4096)
+ROWS = (1, 16, 128)
+COLD_BYTES = 96 << 20
+"""What the copies of a weight take together: more than twice the last-level cache of common servers."""
+
+BLOCK = 128
+ROUNDS = {1: 60, 16: 24, 128: 8}
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel to be timed.
+
+    Attributes:
+        name: of the row.
+        build: given rows, size and number of copies of the weight: a call for each copy, and the bytes of one.
+    """
+
+    name: str
+    build: Callable[[int, int, int], tuple[list[Call], int]]
+
+
+def main(sizes: Sequence[int] = ()) -> None:
+    """Print the tables of docs/targets.md."""
+    sizes = sizes or [int(text) for text in sys.argv[1:] if text.isdecimal()] or SIZES
+    os.environ.setdefault("TVM_NUM_THREADS", "1")
+    print(machine("apache-tvm", "onnxruntime", "numpy"))
+    print(f"This core reads {bandwidth():.1f} GB/s from memory.")
+    for size, rows in itertools.product(sizes, ROWS):
+        measure(quantized_subjects(), size, rows)
+
+
+def measure(subjects: Sequence[Subject], size: int, rows: int) -> None:
+    """Time kernels and the references in turns, hot and cold, and print a table."""
+    found = {}
+    for cold in (False, True):
+        calls, sizes = {}, {}
+        for subject in (*references(), *subjects):
+            one, sizes[subject.name] = subject.build(rows, size, 1)
+            copies = -(-COLD_BYTES // sizes[subject.name]) if cold else 1
+            found_calls = one if copies == 1 else subject.build(rows, size, copies)[0]
+            calls[subject.name] = found_calls
+        found[cold] = _turns(calls, ROUNDS.get(rows, 12)), sizes
+    names = [reference.name for reference in references()]
+    lines = []
+    for cold, (times, sizes) in found.items():
+        for name, taken in times.items():
+            ratios = [statistics.median(a / b for a, b in zip(times[n], taken, strict=True)) for n in names]
+            middle = statistics.median(taken)
+            lines.append(
+                (name, "cold" if cold else "hot", f"{1e3 * middle:.3f}", *(f"{r:.2f}" for r in ratios),
+                 f"{sizes[name] / middle / 1e9:.1f}")
+            )  # fmt: skip
+    table(
+        f"{size} x {size}, {rows} row{'s' if rows > 1 else ''}: times as fast as …",
+        ("kernel", "weight", "ms", *(f"× {name}" for name in names), "GB/s"),
+        lines,
+    )
+
+
+def bandwidth() -> float:
+    """GB/s that one thread reads from memory: the sum of an array larger than the caches, the best of some."""
+    array = np.ones(COLD_BYTES // 4 * 2, np.float32)
+    best = float("inf")
+    for _ in range(5):
+        began = time.thread_time()
+        np.max(array)
+        best = min(best, time.thread_time() - began)
+    return array.nbytes / best / 1e9
+
+
+def _turns(calls: dict[str, list[Call]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turns; two rounds are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, copies in calls.items():
+            call = copies[number % len(copies)]
+            began = time.thread_time()
+            call()
+            if number > 1:
+                times[name].append(time.thread_time() - began)
+    return times
+
+
+# -- references -----------------------------------------------------------------------------------
+
+
+def references() -> tuple[Subject, ...]:
+    """ONNX Runtime's fp32 product and its 4-bit kernel, with fp32 (0) and int8 (4) activations."""
+    return (
+        Subject("ORT fp32", _ort_fp32),
+        Subject("ORT 4-bit level 0", lambda rows, size, copies: _ort_nbits(rows, size, copies, 0)),
+        Subject("ORT 4-bit level 4", lambda rows, size, copies: _ort_nbits(rows, size, copies, 4)),
+    )
+
+
+def _ort_fp32(rows: int, size: int, copies: int) -> tuple[list[Call], int]:
+    weight = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+    return [_session(rows, size, "MatMul", [("w", weight)]) for _ in range(copies)], weight.nbytes
+
+
+def _ort_nbits(rows: int, size: int, copies: int, level: int) -> tuple[list[Call], int]:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (size, size // BLOCK, BLOCK // 2)).astype(np.uint8)
+    scales = (rng.random((size, size // BLOCK)) / 100).astype(np.float32)
+    fields = {"K": size, "N": size, "bits": 4, "block_size": BLOCK, "accuracy_level": level}
+    constants = [("b", codes), ("s", scales)]
+    calls = [_session(rows, size, "MatMulNBits", constants, "com.microsoft", **fields) for _ in range(copies)]
+    return calls, codes.nbytes + scales.nbytes
+
+
+def _session(
+    rows: int,
+    size: int,
+    op_type: str,
+    constants: list[tuple[str, np.ndarray]],
+    domain: str = "",
+    **fields: int,
+) -> Call:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node(op_type, ["x", *(name for name, _ in constants)], ["y"], domain=domain, **fields)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, size]) for name in ("x", "y")]
+    stored = [numpy_helper.from_array(array, name) for name, array in constants]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], stored)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    given = {"x": activations(rows, size)}
+    return lambda: session.run(None, given)
+
+
+def activations(rows: int, size: int) -> np.ndarray:
+    """x: standard normal."""
+    return np.random.default_rng(rows).standard_normal((rows, size)).astype(np.float32)
+
+
+# -- effic's kernels ------------------------------------------------------------------------------
+
+
+def kernel_calls(
+    spec: Any, packed: Sequence[np.ndarray], rows: int, size: int, copies: int
+) -> tuple[list[Call], int]:
+    """Calls of a kernel spec's function, each with a copy of the packed weight of its own.
+
+    Args:
+        spec: has ``name`` and ``prim_func(cpu)``.
+        packed: what ``spec.pack`` returned.
+        rows, size: of x, ``[rows, size]``, and of y.
+        copies: how many.
+    """
+    import tvm
+
+    from effic.backends.tvm.cpu import Cpu
+
+    cpu = Cpu.host(1)
+    module = tvm.compile(tvm.IRModule({spec.name: spec.prim_func(cpu)}), target=cpu.target())
+    function = module[spec.name]
+    x = tvm.runtime.tensor(activations(rows, size))
+    y = tvm.runtime.tensor(np.zeros((rows, size), np.float32))
+
+    def call() -> Call:
+        arguments = [x, *(tvm.runtime.tensor(array) for array in packed), y]
+        return lambda: function(*arguments)
+
+    return [call() for _ in range(copies)], sum(array.nbytes for array in packed)
+
+
+def quantized_subjects() -> tuple[Subject, ...]:
+    """The forms of ``backends/tvm/kernels/quantized.py``."""
+
+    def subject(name: str, **fields: Any) -> Subject:
+        return Subject(name, lambda rows, size, copies: _quantized(fields, rows, size, copies))
+
+    int8 = {"activations": "int8"}
+    easyquant = {"group_size": -1, "share": 0.005}
+    return (
+        subject("4-bit per IC, fp32", grouping="ic"),
+        subject("4-bit per IC, fp32, portable", grouping="ic", portable=True),
+        subject("4-bit per IC, int8", grouping="ic", **int8),
+        subject("4-bit per IC, zero points, int8", grouping="ic", symmetric=False, **int8),
+        subject("4-bit per OC, fp32"),
+        subject("4-bit per OC, int8", **int8),
+        subject("4-bit per OC, zero points, int8", symmetric=False, **int8),
+        subject("EasyQuant 0.5 %, fp32", **easyquant),
+        subject("EasyQuant 0.5 %, int8", **easyquant, **int8),
+        subject("2-bit per IC, int8", grouping="ic", bits=2, **int8),
+        subject("8-bit per IC, int8", grouping="ic", bits=8, **int8),
+    )
+
+
+def _quantized(fields: dict[str, Any], rows: int, size: int, copies: int) -> tuple[list[Call], int]:
+    from effic.backends.tvm.kernels.quantized import Outliers, QuantizedMatMul
+
+    fields = {"group_size": BLOCK, **fields}
+    count = int(fields.pop("share", 0) * size * size)
+    spec = QuantizedMatMul(rows, size, size, outliers=count, **fields)
+    rng = np.random.default_rng(0)
+    half = spec.middle
+    codes = rng.integers(-half, half, (size, size), dtype=np.int8)
+    shape = (size, spec.k_groups) if spec.grouping == "oc" else (size, -(-size // spec.n_group))
+    scales = (rng.random(shape) / (half * np.sqrt(size))).astype(np.float32)
+    zeros = None if spec.symmetric else rng.integers(-half, half, shape, dtype=np.int8)
+    outliers = None
+    if count:
+        places = np.sort(rng.choice(size * size, count, replace=False))
+        outliers = Outliers(*np.divmod(places, size), rng.standard_normal(count).astype(np.float32))
+    return kernel_calls(spec, spec.pack(codes, scales, zeros, outliers), rows, size, copies)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,8 @@ FEW = 2
 
 MOST_KINDS = 24
 """Kinds of weights that are tried; the smallest beyond them are taken together."""
+
+_DIGITS = re.compile(r"\d+")
 
 
 @dataclasses.dataclass
@@ -345,7 +348,12 @@ def _add(total: Rehearsal, none: _Run, one: _Run, count: int, times: float) -> N
             if known[remark.kind, remark.where, remark.text] > 0:
                 known[remark.kind, remark.where, remark.text] -= 1
             elif remark.where == "the model":
-                if all(s.remark != remark for s in part.remarks):
+                # Said once of all weights; how many there are of something only the run itself can tell.
+                like = [
+                    s for s in part.remarks if _DIGITS.sub("", s.remark.text) == _DIGITS.sub("", remark.text)
+                ]
+                part.remarks = [s for s in part.remarks if s not in like]
+                if not like or like[0].remark == remark:
                     part.remarks.append(seen)
             else:
                 part.remarks.append(Seen(remark, count))
@@ -427,7 +435,7 @@ class _Watch(Calibration):
         self.inside += time.perf_counter() - began
 
     def ranges(
-        self, model: Model, values: Sequence[ir.Value], *, bins: int = 2048
+        self, model: Model, values: Sequence[ir.Value], *, bins: int = 2048, remarks: Any = None
     ) -> dict[str, RangeStatistics]:
         began = time.perf_counter()
         self.once += self._expected(lambda some: some.ranges(model, values, bins=bins))

@@ -421,8 +421,9 @@ class Calibration:
                             bins,
                             lambda i, t=text: tell(t, i, self.count),  # type: ignore[misc]
                         )
-                    for name in asked if finished is not None else ():
-                        finished.keep_range(name, bins, new[name])
+                    if finished is not None:
+                        for name in asked:
+                            finished.keep_range(name, bins, new[name])
                     for name, statistics in new.items():
                         self._cache.add_range(name, bins, statistics)
                     found.update(new)

@@ -397,7 +397,7 @@ def _read_range(row: Mapping[str, Any], arrays: Arrays) -> RangeStatistics | Non
         return None
     channels = {(array.dtype, array.shape) for array in copies.values()}
     right = len(channels) <= 1 and all(d == np.float32 and len(s) == 1 for d, s in channels)
-    if not right or (counts.dtype, edges.dtype) != (np.int64, np.float64):
+    if not right or counts.dtype != np.int64 or edges.dtype != np.float64:
         return None
     if type(low) is not float or type(high) is not float:
         return None

@@ -34,7 +34,7 @@ site: .venv/installed
 bench: .venv/installed
 	$(DEV)/python -m benchmarks
 
-.venv-core/installed: pyproject.toml constraints.txt $(wildcard effic/*.py ir/*.py passes/*.py passes/*/*.py backends/*.py backends/*/*.py cli/*.py models/*)
+.venv-core/installed: pyproject.toml constraints.txt $(wildcard effic/*.py effic/report/*.py effic/report/assets/* ir/*.py passes/*.py passes/*/*.py backends/*.py backends/*/*.py cli/*.py models/*)
 	$(PYTHON) -m venv .venv-core
 	$(CORE)/python $(PIP) --force-reinstall --no-deps .
 	$(CORE)/python $(PIP) .

@@ -36,8 +36,8 @@ _METRIC = (
         help="How images are prepared: 'resize=256,mean=[0.485,0.456,0.406],std=[0.229,0.224,0.225]'; also "
         "scale=255, channels=rgb|bgr|gray.",
     ),
-    click.option("--bound", type=float, metavar="X", help="The worst score allowed."),
 )
+_BOUND = click.option("--bound", type=float, metavar="X", help="The worst score allowed.")
 _MAX_DROP = click.option(
     "--max-drop",
     type=float,
@@ -51,11 +51,16 @@ _ON_DROP = click.option(
 )
 
 
-def metric_options(command: F) -> F:
-    """The metric, the data and a bound."""
+def score_options(command: F) -> F:
+    """The metric and the data."""
     for option in reversed(_METRIC):
         command = option(command)
     return command
+
+
+def metric_options(command: F) -> F:
+    """The same, and a bound."""
+    return score_options(_BOUND(command))
 
 
 def accuracy_options(command: F) -> F:

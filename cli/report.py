@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from effic.cli import console
-from effic.cli.accuracy import accuracy, metric_options
+from effic.cli.accuracy import accuracy, score_options
 
 if TYPE_CHECKING:
     from effic.report import ReportWritten
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--reference", metavar="ONNX", help="The original.  [default: what the records name, if it is there]"
 )
-@metric_options
+@score_options
 @click.option("--inputs", metavar="NPZ", help="Compare outputs with the original on these, without --metric.")
 @click.option("--time", "timed", is_flag=True, help="Time each output beside the original.")
 @click.option("--threads", type=int, metavar="N", help="Threads for those timings.  [default: 1]")
@@ -56,8 +56,6 @@ def report(
     from effic.report import report as run
 
     wanted = accuracy(scoring)
-    if wanted is not None and wanted.bound is not None:
-        raise UsageError("--bound does nothing here; a report holds nobody to anything, 'effic gate' does")
     if threads is not None and not timed:
         raise UsageError("--threads does nothing without --time; leave it out")
     path = html if html is not None else str(Path(outputs[0]).with_suffix(".html"))

@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from effic.backends.base import Backend, Tell
 from effic.compare import DEFAULT_COUNT, Bounds, Comparison, compare
-from effic.folder_build import pinned
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
@@ -52,9 +51,6 @@ def cross_check(
     if len(backends) != 2:
         raise UsageError(f"two targets are compared, and {len(backends)} are named; write ort-cpu,tvm-cpu")
     model = read_onnx(path)
-    for backend in backends:
-        # Fixed sizes of one are fixed for both, so that the same inputs fit.
-        model = pinned(model, backend.sizes(model))
     if taps:
         model = tapped(model)
     with tempfile.TemporaryDirectory(prefix="effic-cross-check-") as scratch:

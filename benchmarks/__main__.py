@@ -28,6 +28,7 @@ NAMES = (
     "sparsity",
     "sparse_training",
     "prune_time",
+    "plan",
     "tvm_kernels",
 )
 

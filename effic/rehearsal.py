@@ -349,11 +349,12 @@ def _add(total: Rehearsal, none: _Run, one: _Run, count: int, times: float) -> N
                 known[remark.kind, remark.where, remark.text] -= 1
             elif remark.where == "the model":
                 # Said once of all weights; how many there are of something only the run itself can tell.
-                like = [
-                    s for s in part.remarks if _DIGITS.sub("", s.remark.text) == _DIGITS.sub("", remark.text)
-                ]
-                part.remarks = [s for s in part.remarks if s not in like]
-                if not like or like[0].remark == remark:
+                bare = _DIGITS.sub("", remark.text)
+                varies = any(_DIGITS.sub("", s.remark.text) == bare for s in base.remarks)
+                like = [s for s in part.remarks if _DIGITS.sub("", s.remark.text) == bare]
+                if varies:
+                    part.remarks = [s for s in part.remarks if s not in like]
+                elif not like:
                     part.remarks.append(seen)
             else:
                 part.remarks.append(Seen(remark, count))

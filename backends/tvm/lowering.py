@@ -64,7 +64,9 @@ class Shared:
         choices: what was chosen for a weight when it was packed, which all functions have to heed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = True) -> None:
+        """With ``keep`` False arrays are let go again, and only their types are known: for a trial."""
+        self._keep = keep
         self.arrays: dict[str, np.ndarray] = {}
         self.kernels: dict[str, Any] = {}
         self.choices: dict[object, Any] = {}
@@ -86,12 +88,13 @@ class Shared:
                 return name
             number += 1
             name = f"{base}_{number}"
-        self.arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        self.arrays[name] = array if self._keep else np.broadcast_to(np.zeros((), array.dtype), array.shape)
         return name
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    return one.dtype == other.dtype and np.array_equal(one, other)
 
 
 class Lowering:
@@ -154,6 +157,11 @@ class Lowering:
         if isinstance(expression.ty, relax.ShapeType):
             return self.bb.emit(relax.op.shape_to_tensor(expression))
         return expression
+
+    def type_of(self, value: ir.Value) -> Any | None:
+        """The Relax type of a value that was set in plain layout, else None."""
+        found = self._plain.get(value)
+        return None if found is None else found.ty
 
     def is_done(self, node: ir.Node) -> bool:
         """Whether an earlier node took this one along, as a product its bias and activation."""

@@ -8,7 +8,6 @@ converter can hold is collected first, over the whole graph, and named; see
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import onnx_ir as ir
 from tvm import relax, tirx
 
 from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.legal import illegal_nodes, why_not_legal
 from effic.backends.tvm.lowering import (
     Lowering,
     NotLoweredError,
@@ -110,24 +110,6 @@ class Signature:
     buckets: tuple[Bucket, ...]
     ways: tuple[Way, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Signature:
-        """The inverse of :meth:`to_dict`, tuples or lists alike."""
-
-        def tensors(rows: Any) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
-
-        return cls(
-            tuple(
-                Bucket(b["function"], tensors(b["inputs"]), tuple(b["parameters"]), tensors(b["outputs"]))
-                for b in data["buckets"]
-            )
-        )
-
 
 def build_relax(
     model: Model, cpu: Cpu | None, shapes: str = "", options: Mapping[str, Any] | None = None
@@ -209,9 +191,9 @@ def survey_bucket(
     model: Model, dims: Dims, cpu: Cpu | None, options: Mapping[str, Any] | None = None
 ) -> tuple[list[Way], list[Uncovered]]:
     """How each node would be lowered at these sizes, and what cannot be; nothing is compiled."""
-    function = _Function(specialize(model, dims), relax.BlockBuilder(), cpu, Shared(), options)
+    function = _Function(specialize(model, dims), relax.BlockBuilder(), cpu, Shared(keep=False), options)
     _, uncovered = function.build("main")
-    return function.ways, uncovered
+    return function.ways, uncovered or function.illegal()
 
 
 def refuse_uncovered(uncovered: list[Uncovered]) -> None:
@@ -269,6 +251,17 @@ class _Function:
         taken = tuple(self._spec(n, v) for n, v in zip(given, arguments, strict=True) if v is not None)
         return Bucket(name, taken, tuple(variables), specs), self.uncovered
 
+    def illegal(self) -> list[Uncovered]:
+        """What TVM cannot write functions for, once everything was lowered."""
+        error = why_not_legal(self.bb.get(), self.lowering)
+        if error is None:
+            return []
+        found = [
+            Uncovered(name_of(node), key_of(node), f"TVM cannot compile it: {_said(why)}")
+            for node, why in illegal_nodes(self.lowering, self.graph, convert)
+        ]
+        return found or [Uncovered("the model", "model", f"TVM cannot compile it: {_said(error)}")]
+
     def _input(self, value: ir.Value) -> Any | None:
         """The argument of an input; None where it cannot be held."""
         reason = why_no_type(value.dtype) if isinstance(value.type, ir.TensorType) else "is no tensor"
@@ -293,7 +286,7 @@ class _Function:
 
     def _convert(self, node: ir.Node) -> None:
         called = len(self.lowering.called)
-        name = node.name or next((v.name for v in node.outputs if v.name), None) or "?"
+        name = name_of(node)
         try:
             by = convert(self.lowering, node)
         except NotLoweredError:
@@ -329,6 +322,11 @@ class _Function:
         names = {variable: name for name, variable in self._sizes.items()}
         shape = tuple(d if isinstance(d, int) else names.get(d, str(d)) for d in shape_of(variable))
         return TensorSpec(name, dtype_of(variable), shape)
+
+
+def name_of(node: ir.Node) -> str:
+    """A node's name, or its first output's."""
+    return node.name or next((v.name for v in node.outputs if v.name), None) or "?"
 
 
 def why_no_converter(node: ir.Node) -> str | None:

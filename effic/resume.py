@@ -15,8 +15,9 @@ import importlib
 import json
 import os
 import re
+import typing
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.safetensors_format import DTYPES
 from effic.ir.whole_files import write_whole
-from effic.passes.base import Pass
+from effic.passes.base import Pass, options_of
 from effic.passes.finished import SUFFIX, FinishedSites, Store
 from effic.passes.pipeline import Checker, Instead, Keep, Step
 from effic.passes.spec import to_text
@@ -119,9 +120,7 @@ def identity(
     if path is None and inputs is not None:
         found["inputs"] = {name: _array_digest(np.asarray(array)) for name, array in inputs.items()}
     # What passes read from files is not in their options.
-    found["named"] = [
-        _named(value) for step in steps for value in step.options.values() if isinstance(value, str)
-    ]
+    found["named"] = [_named(text) for item in sequence for text in _texts(item)]
     if accuracy is not None:
         row = {field.name: getattr(accuracy, field.name) for field in dataclasses.fields(accuracy)}
         found["accuracy"] = {name: str(value) for name, value in row.items()} | {
@@ -346,6 +345,16 @@ class _KeptChecker(Checker):
 def _state(model: Model) -> dict[str, int]:
     """What tells a model's states in a run apart, at no cost."""
     return {"nodes": sum(len(graph) for graph in model.graphs()), "bytes": weight_bytes(model)}
+
+
+def _texts(item: Pass) -> Iterator[str]:
+    """What a pass's options say in free text, where files may be named."""
+    for field, kind in options_of(type(item)):
+        value = getattr(item, field.name)
+        if kind is str:
+            yield value
+        elif typing.get_origin(kind) is tuple and "choices" not in field.metadata:
+            yield from value
 
 
 def _named(value: Any) -> Any:

@@ -33,8 +33,8 @@ REORDERED = 10.0
 and what is wrong in one is off by far more."""
 
 LEAST_SQNR_DB = 20.0
-"""Of a build that rounds activations to 8 bits, against the same weights with exact activations: such builds
-have 35 dB and more, a wrong one has none."""
+"""Of a build that rounds activations to 8 bits, against the same weights with exact activations: a chain of
+twelve products has 31 dB, and a wrong kernel none."""
 
 
 class FolderBuild:

@@ -403,6 +403,11 @@ def test_names_stay_names(look, hostile: Path) -> None:
         "return [...document.querySelectorAll('#treemap .slicetext')].map((each) => each.textContent).join(' ')"
     )
     assert "<" in label  # shown, not obeyed
+    beyond = driver.execute_script(
+        "return [...document.querySelectorAll('g.node')].flatMap((each) => [...each.querySelectorAll('text')].filter("
+        "(text) => text.getBBox().x + text.getBBox().width > each.querySelector('rect').getBBox().x + 190))"
+    )
+    assert beyond == []
 
 
 def test_thousands_of_weights_stay_usable(look, tmp_path: Path) -> None:

@@ -117,12 +117,23 @@ function drawing(title, graph, start, steps, other, mark, choose) {
     group.append(
       svg("title", {}, [`${op} ${visible(name)}`, sub, ...constants.map(visible)].filter(Boolean).join("\n")),
       svg("rect", { x, y, width: BOX.width, height: BOX.height, rx: 6 }),
-      svg("text", { class: "op", x: x + 10, y: y + 19 }, shorten(op, 21)),
-      svg("text", { x: x + 10, y: y + 36 }, shorten(name, 25)),
+      svg("text", { class: "op", x: x + 10, y: y + 19 }, visible(op)),
+      svg("text", { x: x + 10, y: y + 36 }, visible(name)),
       svg("text", { class: "sub", x: x + 10, y: y + 53 }, sub));
     picture.append(group);
   }
   return { picture, left, count: numbers.length };
+}
+
+/** Leave out the middle of a text that is wider than its box. */
+function fit(text) {
+  const whole = text.textContent;
+  const room = BOX.width - 18;
+  const wide = text.getComputedTextLength();
+  if (wide <= room) return;
+  let letters = Math.floor((Array.from(whole).length * room) / wide) + 2;
+  do text.textContent = shorten(whole, letters--);
+  while (letters > 4 && text.getComputedTextLength() > room);
 }
 
 function neighbourhoods(output, state) {
@@ -152,6 +163,7 @@ function neighbourhoods(output, state) {
       before ? side("Before", before, [names[1], names[0]], after, "gone")
         : el("div", null, el("h3", null, "Before"), note("The original was not at hand; name it with --reference.")),
       side("After", after, [names[0], names[1]], before, "added"));
+    for (const text of view.querySelectorAll("svg.graph text")) fit(text);
     for (const canvas of view.querySelectorAll(".canvas")) {
       const chosen = canvas.querySelector("g.chosen rect");
       if (!chosen) continue;

@@ -60,6 +60,7 @@ def function(name: str, result: list[Any]) -> Iterator[Any]:
     Yields:
         The TIR builder, whose statements the block adds to the function.
     """
+    from tvm import s_tir
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
@@ -67,7 +68,10 @@ def function(name: str, result: list[Any]) -> Iterator[Any]:
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "global_symbol": name})
         yield T
-    result.append(builder.get())
+    made = builder.get()
+    # TVM's passes over whole modules expect a root block, and fail on a function of two buffers without.
+    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", made.body))
+    result.append(made.with_body(root))
 
 
 def argument(T: Any, name: str, shape: Sequence[Any]) -> Any:

@@ -318,12 +318,16 @@ class _Code:
                 tile(full * rows, rest)
 
     def direct_tile(self, laid: _Laid, sums: Any, block: Any, first: Any, rows: int, chunks: int) -> None:
-        T = self.T
-        if chunks < CHUNKS:
-            with T.serial(CHUNKS // chunks) as part:
-                self.direct_chunks(laid, sums, block, first, rows, part * chunks, chunks)
-        else:
-            self.direct_chunks(laid, sums, block, first, rows, 0, chunks)
+        spec, T = self.spec, self.T
+        with T.serial(rows * CHUNKS) as i:
+            self.write_lanes(sums, splat(T, 0.0), T.floordiv(i, CHUNKS), T.floormod(i, CHUNKS) * LANES)
+        # Chunks within pieces of k: the words are taken in nearly the order they lie in.
+        with T.serial(spec.segments if self.integers else spec.k_groups) as piece:
+            if chunks < CHUNKS:
+                with T.serial(CHUNKS // chunks) as part:
+                    self.direct_chunks(laid, sums, block, first, rows, piece, part * chunks, chunks)
+            else:
+                self.direct_chunks(laid, sums, block, first, rows, piece, 0, chunks)
         if self.spec.outliers:
             self.add_outliers(sums, block, first, rows)
         for row in range(rows):
@@ -336,42 +340,35 @@ class _Code:
         return self.T.floordiv((block * CHUNKS + chunk) * LANES, self.spec.n_stride) - laid.first
 
     def direct_chunks(
-        self, laid: _Laid, sums: Any, block: Any, first: Any, rows: int, start: Any, chunks: int
+        self, laid: _Laid, sums: Any, block: Any, first: Any, rows: int, part: Any, start: Any, chunks: int
     ) -> None:
-        """``sums`` of ``rows`` rows and ``chunks`` chunks."""
+        """What segment (int8) or group (fp32) ``part`` along k adds to ``chunks`` chunks of ``sums``."""
         spec, T = self.spec, self.T
-        for row in range(rows):
-            for chunk in range(chunks):
-                self.write_lanes(sums, splat(T, 0.0), row, (start + chunk) * LANES)
-        count, length = (
-            (spec.segments, spec.segment) if self.integers else (spec.k_groups, spec.pieces * spec.segment)
-        )
+        words = (spec.segment if self.integers else spec.pieces * spec.segment) // spec.per_word
         dtype = "int32" if self.integers else "float32"
         total = T.alloc_buffer((rows * chunks * LANES,), dtype, scope="local")
         cells = [
             (row, chunk, (row * chunks + chunk) * LANES) for row in range(rows) for chunk in range(chunks)
         ]
         groups = [self.group_of(laid, block, start + chunk) for chunk in range(chunks)]
-        with T.serial(count) as part:
-            for row, chunk, cell in cells:
-                value = splat(T, 0.0)
-                if self.integers:
-                    begin = laid.sums[groups[chunk], first + row - laid.row, part]
-                    if self.zeros is None or not self.inputs:
-                        begin = begin * T.int32(spec.middle)
-                    value = self.integer(T.int32(0) - begin)
-                self.write_lanes(total, value, cell)
-            with T.serial(length // spec.per_word) as i:
-                word_index = part * (length // spec.per_word) + i
-                for chunk in range(chunks):
-                    word = self.read(self.w, block, word_index, start + chunk, 0)
-                    self.accumulate(laid, total, word, groups[chunk], word_index, first, rows, chunk, chunks)
-            for row, chunk, cell in cells:
-                column = (start + chunk) * LANES
-                value = self.finished(
-                    laid, self.read(total, cell), groups[chunk], block, first + row, part, column
-                )
-                self.write_lanes(sums, self.read(sums, row, column) + value, row, column)
+        for row, chunk, cell in cells:
+            value = splat(T, 0.0)
+            if self.integers:
+                begin = laid.sums[groups[chunk], first + row - laid.row, part]
+                if self.zeros is None or not self.inputs:
+                    begin = begin * T.int32(spec.middle)
+                value = self.integer(T.int32(0) - begin)
+            self.write_lanes(total, value, cell)
+        with T.serial(words) as i:
+            index = part * words + i
+            for chunk in range(chunks):
+                word = self.read(self.w, block, index, start + chunk, 0)
+                self.accumulate(laid, total, word, groups[chunk], index, first, rows, chunk, chunks)
+        for row, chunk, cell in cells:
+            column = (start + chunk) * LANES
+            value = self.read(total, cell)
+            value = self.finished(laid, value, groups[chunk], block, first + row, part, column)
+            self.write_lanes(sums, self.read(sums, row, column) + value, row, column)
 
     def accumulate(
         self,

@@ -133,11 +133,8 @@ class _Head:
         # One vector is 16 loads of one float; the lines they come from stay for the next 16 d.
         T, spec = self.T, self.spec
         whole, rest = divmod(spec.keys, LANES)
-        with T.serial(whole) as block, T.serial(spec.head_dim) as d:
-            with T.vectorized(LANES) as lane:
-                T.buffer_store(
-                    turned, self.k[self.b, self.g, block * LANES + lane, d], [d, block * LANES + lane]
-                )
+        with T.serial(whole) as block, T.serial(spec.head_dim) as d, T.vectorized(LANES) as lane:
+            T.buffer_store(turned, self.k[self.b, self.g, block * LANES + lane, d], [d, block * LANES + lane])
         if rest:
             with T.serial(spec.head_dim) as d:
                 T.buffer_store(turned, wide(T, 0.0, LANES), [d, indices(T, whole * LANES, LANES)])

@@ -136,16 +136,16 @@ def exp_below_one(x: Any) -> Any:
         r = x - n * splat(_LN2_HIGH, x) - n * splat(_LN2_LOW, x)
         return share(
             r,
-            lambda r: (_polynomial(r, _EXP) * (r * r) + r + splat(1.0, r))
-            * _two_to(tirx.Cast(_typed("int32", x), n)),
+            lambda r: (
+                (_polynomial(r, _EXP) * (r * r) + r + splat(1.0, r))
+                * _two_to(tirx.Cast(_typed("int32", x), n))
+            ),
         )
 
     def every(x: Any) -> Any:
         low = splat(-87.33, x)
         inside = tirx.Select(x < low, low, x)
-        value = share(
-            inside, lambda x: share(op.nearbyint(x * splat(_LOG2_E, x)), lambda n: reduced(x, n))
-        )
+        value = share(inside, lambda x: share(op.nearbyint(x * splat(_LOG2_E, x)), lambda n: reduced(x, n)))
         return tirx.Select(x < low, splat(0.0, x), value)
 
     return share(x, every)
@@ -212,8 +212,7 @@ def tanh(x: Any) -> Any:
 
     def every(x: Any) -> Any:
         value = share(_between(x, -7.90531110763549805, 7.90531110763549805), ratio)
-        small = tirx.Select(x > splat(-4e-4, x), tirx.Select(x < splat(4e-4, x), x, value), value)
-        return small
+        return tirx.Select(x > splat(-4e-4, x), tirx.Select(x < splat(4e-4, x), x, value), value)
 
     return share(x, every)
 

@@ -96,7 +96,7 @@ def _block(realize: Any) -> Block | None:
 
 
 def _is_true(predicate: Any) -> bool:
-    return isinstance(predicate, bool) and predicate or bool(getattr(predicate, "value", 0) == 1)
+    return (isinstance(predicate, bool) and predicate) or bool(getattr(predicate, "value", 0) == 1)
 
 
 def _is_zero(value: Any) -> bool:
@@ -182,7 +182,9 @@ def step(access: Any, var: Any) -> int | None:
 
     total = 0
     stride = 1
-    for index, extent in zip(reversed(list(access.indices)), reversed(list(buffer_of(access).shape)), strict=True):
+    for index, extent in zip(
+        reversed(list(access.indices)), reversed(list(buffer_of(access).shape)), strict=True
+    ):
         if uses(index, [var]):
             parts = detect_linear_equation(index, [var])
             if not parts or stride is None or not isinstance(parts[0], tirx.IntImm):

@@ -59,7 +59,7 @@ class _Chooser(PyExprMutator):  # type: ignore[misc]
         self.cpu = cpu
         self.functions: dict[str, Any] = {}
 
-    def visit_call_(self, call: Any) -> Any:  # noqa: D102
+    def visit_call_(self, call: Any) -> Any:
         call = self.visit_expr_post_order(call)
         if not isinstance(call.op, ir.Op) or not call.args:
             return call
@@ -81,7 +81,9 @@ class _Chooser(PyExprMutator):  # type: ignore[misc]
             function = spec.prim_func(self.cpu).with_attr("op_pattern", _OPAQUE)
             self.functions[spec.name] = self.builder_.add_func(function, spec.name)
         builder = self.builder_
-        same = len(shape) == len(sizes) and all(a is b or _same(a, b) for a, b in zip(shape, sizes, strict=True))
+        same = len(shape) == len(sizes) and all(
+            a is b or _same(a, b) for a, b in zip(shape, sizes, strict=True)
+        )
         x = x if same else builder.emit(relax.op.reshape(x, shape))
         out = relax.TensorType(shape, "float32")
         y = relax.call_tir(self.functions[spec.name], [x, *others], out_ty=out)
@@ -120,7 +122,9 @@ class _Chooser(PyExprMutator):  # type: ignore[misc]
         axes = sorted(int(axis) % len(sizes) for axis in call.attrs.axes)
         if axes != list(range(2, len(sizes))) or inner is None or not isinstance(channels, int):
             return None
-        if not (call.attrs.center and call.attrs.scale) or any(_sizes(arg) != [channels] for arg in call.args[1:]):
+        if not (call.attrs.center and call.attrs.scale) or any(
+            _sizes(arg) != [channels] for arg in call.args[1:]
+        ):
             return None
         instance = call.op.name.endswith("instance_norm")
         groups = channels if instance else int(call.attrs.num_groups)

@@ -18,7 +18,16 @@ NAIVE = "effic.naive"
 """Attribute of functions that could not be scheduled: why, in a sentence."""
 
 # A step with one of these is not computed again for every reader.
-_COSTLY = ("tirx.exp", "tirx.erf", "tirx.tanh", "tirx.log", "tirx.pow", "tirx.sin", "tirx.cos", "tirx.sigmoid")
+_COSTLY = (
+    "tirx.exp",
+    "tirx.erf",
+    "tirx.tanh",
+    "tirx.log",
+    "tirx.pow",
+    "tirx.sin",
+    "tirx.cos",
+    "tirx.sigmoid",
+)
 
 
 def scheduled(function: Any, cpu: Cpu) -> Any:
@@ -88,7 +97,7 @@ def _worth_inlining(schedule: Any, block_rv: Any) -> bool:
         reduces = reader.init is not None
         if reads * weight + size(reader.body) > MAX_EXPRESSION:
             return False
-        if costly and (reads > 1 and len(readers) > 1 or _repeats(block, reader)):
+        if costly and ((reads > 1 and len(readers) > 1) or _repeats(block, reader)):
             return False
         # A reduction over a padded input reads it many times, and a condition would undo its vectors.
         if reduces and (conditional or _repeats(block, reader)):

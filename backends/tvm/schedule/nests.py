@@ -135,7 +135,9 @@ def _vectors(make: Callable[[Any], Any], low: int, high: Any, lanes: int, parall
             chunk, inside = index_var("c"), index_var("i")
             vector = substitute(vector, {number: chunk * CHUNK + inside})
             turns = tirx.min(_int(CHUNK), full - chunk * CHUNK)
-            chunks = -(-full // CHUNK) if isinstance(full, int) else tirx.floordiv(full + CHUNK - 1, _int(CHUNK))
+            chunks = (
+                -(-full // CHUNK) if isinstance(full, int) else tirx.floordiv(full + CHUNK - 1, _int(CHUNK))
+            )
             parts.append(loop(chunk, chunks, loop(inside, turns, vector), ForKind.PARALLEL))
         else:
             parts.append(loop(number, full, vector))
@@ -243,7 +245,6 @@ def _in_range(store: Any, axis: Axis, low: int, high: Any) -> Any:
         return store
     analyzer = sym.Analyzer()
 
-
     analyzer.bind(axis.var, ir.Range(_int(low), _int(high)))
     return tirx.BufferStore(store.buffer, analyzer.simplify(store.value), list(store.indices))
 
@@ -271,9 +272,7 @@ def _tiled(axes: list[Axis], other: Axis, store: Any, cpu: Cpu) -> Any:
         columns = []
         for start, number, width in _pieces(inner.size or 0, TILE):
             i, j, row, lane = (index_var(name) for name in ("i", "j", "r", "l"))
-            body = substitute(
-                store, {other.var: i * height + row + low, inner.var: j * width + lane + start}
-            )
+            body = substitute(store, {other.var: i * height + row + low, inner.var: j * width + lane + start})
             body = loop(lane, width, body, ForKind.VECTORIZED)
             columns.append((i, loop(j, number, loop(row, height, body))))
         i = index_var("i")
@@ -401,7 +400,9 @@ class _Reduction:
         lane = index_var("l")
         load = tirx.BufferLoad(sums, [lane])
         final_width = self._folded_width(width)
-        parts.append(tirx.For(lane, _int(0), _int(final_width), ForKind.UNROLLED, self._into(total, [_int(0)], load)))
+        parts.append(
+            tirx.For(lane, _int(0), _int(final_width), ForKind.UNROLLED, self._into(total, [_int(0)], load))
+        )
         parts.append(tirx.BufferStore(self.out, tirx.BufferLoad(total, [_int(0)]), self.indices))
         return _over(self.spatial, sequence(parts), _shared(self.spatial, self.work, self.cpu))
 
@@ -464,7 +465,9 @@ class _Reduction:
         outer = [axis for axis in others if axis is not row]
         tile = ROWS if row is not None else 1
         parts = []
-        for start, number, width in self._columns(vector, 2 * self.lanes if row is not None else 4 * self.lanes):
+        for start, number, width in self._columns(
+            vector, 2 * self.lanes if row is not None else 4 * self.lanes
+        ):
             v = index_var("v")
             rows = _pieces(row.size or 0, tile) if row is not None else [(0, 1, 1)]
             inside = []
@@ -496,9 +499,10 @@ class _Reduction:
         """The axis whose neighbours share the vector loads: those that move with the vector, not with it."""
         moving = [load for load in loads(self.term) if step(load, vector.var) != 0]
         for axis in reversed(others):
-            if axis.size is not None and axis.size > 1 and moving:
-                if any(not uses(list(load.indices), [axis.var]) for load in moving):
-                    return axis
+            if axis.size is None or axis.size == 1:
+                continue
+            if any(not uses(list(load.indices), [axis.var]) for load in moving):
+                return axis
         return None
 
     def _tile(self, row: Axis | None, first: Any, height: int, vector: Axis, column: Any, width: int) -> Any:

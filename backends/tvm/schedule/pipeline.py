@@ -72,7 +72,7 @@ def naive_functions(module: Any) -> dict[str, str]:
     found = {}
     for variable, function in module.functions_items():
         if isinstance(function, tirx.PrimFunc) and function.attrs is not None and NAIVE in function.attrs:
-            found[variable.name] = str(function.attrs[NAIVE])
+            found[variable.name_hint] = str(function.attrs[NAIVE])
     return found
 
 

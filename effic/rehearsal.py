@@ -27,6 +27,7 @@ from effic.passes.calibration import Calibration, RangeStatistics, SiteStatistic
 from effic.passes.calibration_data import Arrays, held
 from effic.passes.parts import STORE_BYTES
 from effic.passes.pipeline import Progress, fingerprint, run_passes
+from effic.passes.quantize.weight_only import matches_site
 from effic.passes.spec import to_text
 
 FEW = 2
@@ -299,6 +300,8 @@ def _kinds(model: Model, items: Sequence[Pass]) -> list[list[tuple[str, ...]]]:
         if found is not None:
             wanted |= {site.name for site in found}
             reasons.append({remark.where: remark.text for remark in remarks.items})
+    # Weights that are treated otherwise by name are of another kind.
+    named = [text.rpartition("=")[0] for item in items for text in getattr(item, "overrides", ())]
     groups: dict[object, list[WeightSite]] = {}
     for site in weight_sites(model):
         if site.name in wanted:
@@ -311,6 +314,7 @@ def _kinds(model: Model, items: Sequence[Pass]) -> list[list[tuple[str, ...]]]:
             (
                 site.shape, site.in_axis, site.groups, site.dtype, tuple(sorted(site.kinds)), site.opset,
                 site.encoding is None, *(found.get(site.name) for found in reasons),
+                *(matches_site(site, (pattern,)) for pattern in named),
             )
             for site in group
         )  # fmt: skip

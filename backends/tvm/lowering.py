@@ -180,7 +180,15 @@ class Lowering:
         """What an output became, in plain layout; an expression that is no variable is emitted."""
         if not isinstance(expression, (relax.Var, GenericConst)):
             expression = self.bb.emit(expression)
-        if not isinstance(expression.ty, relax.ShapeType) and 0 in shape_of(expression):
+        if isinstance(expression.ty, relax.ShapeType):
+            self._plain[value] = expression
+            return
+        if dtype_of(expression) not in _COMPUTED:
+            kind = dtype_of(expression)
+            raise UnsupportedError(
+                f"'{value.name}' is of type {kind}, which this target does not compute with"
+            )
+        if 0 in shape_of(expression):
             raise UnsupportedError(f"'{value.name}' has no elements, and kernels are made for some")
         self._plain[value] = expression
 
@@ -319,6 +327,9 @@ _TYPES = {
     ir.DataType.UINT32: "uint32",
     ir.DataType.UINT64: "uint64",
 }
+
+
+_COMPUTED = frozenset(_TYPES.values())
 
 
 def why_no_type(dtype: ir.DataType | None) -> str | None:

@@ -140,7 +140,8 @@ def _write_shapes(model: Model) -> None:
         ShapeInferencePass(check_type=False, strict_mode=False)(model.ir)
     finally:
         logger.disabled = disabled
-    if open_dims(model):
+    tensors = all(isinstance(value.type, ir.TensorType) for value in model.graph.inputs)
+    if open_dims(model) or not tensors:
         return
     shapes = static_shapes(model, {})
     for node in model.graph:

@@ -238,16 +238,22 @@ class _Code:
         """int8: activations of a segment, their scale, and the sum that the codes' zero takes off."""
         spec, T = self.spec, self.T
         count = spec.segment // LANES
-        kept = T.alloc_buffer((spec.segment,), "float32")
-        largest = accumulators(T, 1)
-        self.write_lanes(largest, splat(T, 0.0), 0)
-        with T.serial(count) as i:
+        kept = T.alloc_buffer((spec.segment,), "float32", scope="local")
+        # Sizes compare as their bits do; several maxima, for one would wait for itself at every step.
+        largest = T.alloc_buffer((min(4, count) * LANES,), "int32", scope="local")
+        for i in range(count):
             value = self.activation(laid, group, row, segment * spec.segment + i * LANES)
             self.write_lanes(kept, value, i * LANES)
-            size = T.call_llvm_pure_intrin("llvm.fabs.v16f32", value, dtype="float32x16")
-            self.write_lanes(largest, T.max(self.read(largest, 0), size), 0)
+            size = T.reinterpret("int32x16", self.read(kept, i * LANES))
+            size = T.bitwise_and(size, self.integer(0x7FFFFFFF))
+            if i >= 4:
+                size = T.max(self.read(largest, i % 4 * LANES), size)
+            self.write_lanes(largest, size, i % 4 * LANES)
+        size = self.read(largest, 0)
+        for i in range(1, min(4, count)):
+            size = T.max(size, self.read(largest, i * LANES))
         peak = T.alloc_buffer((2,), "float32", scope="local")
-        T.buffer_store(peak, self.reduced(self.read(largest, 0), "fmax"), [0])
+        T.buffer_store(peak, T.reinterpret("float32", self.reduced(size, "smax", "int32")), [0])
         T.buffer_store(laid.scales, peak[0] / T.float32(127), [group, row, segment])
         # Below the least normal number the quotient is no number; such activations count as zero.
         tiny = peak[0] < T.float32(1e-36)
@@ -256,7 +262,7 @@ class _Code:
         )
         total = T.alloc_buffer((LANES,), "int32", scope="local")
         self.write_lanes(total, self.integer(0), 0)
-        with T.serial(count) as i:
+        for i in range(count):
             k = segment * spec.segment + i * LANES
             scaled = self.read(kept, i * LANES) * T.broadcast(peak[1], LANES)
             code = self.rounded(scaled)

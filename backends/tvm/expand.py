@@ -6,6 +6,8 @@ The definitions come with the ``onnx`` package: the body of ``Celu`` is four sim
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
@@ -29,8 +31,7 @@ def expand(model: Model, nodes: list[ir.Node]) -> bool:
         if body is None:
             continue
         body.domain, body.name = _DOMAIN, f"{node.op_type}_{len(written)}"
-        function = ir.from_proto(body)
-        assert isinstance(function, ir.Function)
+        function = ir.serde.deserialize_function(body)
         function.opset_imports[""] = model.opset
         model.ir.functions[function.identifier()] = function
         node.domain, node.op_type = _DOMAIN, body.name
@@ -48,7 +49,8 @@ def _definition(node: ir.Node, opset: int) -> onnx.FunctionProto | None:
     if node.domain not in ONNX_DOMAINS or any(attribute.is_ref() for attribute in node.attributes.values()):
         return None
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        # onnx's stubs leave out what schemas know of function bodies.
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
         return None
     body = onnx.FunctionProto()

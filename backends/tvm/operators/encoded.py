@@ -18,7 +18,7 @@ from tvm import relax, te, tirx
 from effic.backends.ort.scenes import encoded_input
 from effic.backends.tvm.lowering import Lowering, relax_dtype, shape_of, why_no_type
 from effic.ir.compressed import COMPRESSED_KEY, recognise_compressed
-from effic.ir.encodings import Encoding, code_values, encoding_nodes, recognise
+from effic.ir.encodings import Encoding, code_values
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import ONNX_DOMAINS, constant_tensor
 
@@ -110,7 +110,8 @@ class Codes:
         """The decoded element of the codes' tensor at a position, as a TE expression in fp32."""
         encoding = self.encoding
         bits = _stored_width(encoding)
-        per_byte, last = _PER_BYTE[bits], at[-1] if at else None
+        per_byte = _PER_BYTE[bits]
+        last: Any = at[-1] if at else None
         if per_byte == 1:
             code = tensors[0](*at)
         else:
@@ -231,17 +232,3 @@ def as_matrix(encoding: Encoding) -> bool:
         and tuple(encoding.codes.shape) == encoding.shape
         and math.prod(encoding.shape) > 0
     )
-
-
-__all__ = [
-    "Codes",
-    "as_matrix",
-    "codes_of",
-    "compressed_steps",
-    "decoded",
-    "decodes_weight",
-    "encoding_nodes",
-    "fingerprint",
-    "gather_rows",
-    "recognise",
-]

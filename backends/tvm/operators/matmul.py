@@ -20,6 +20,7 @@ from effic.backends.ort.scenes import EncodedInput, encoded_input
 from effic.backends.tvm.kernels.dense import BatchMatMul, DenseMatMul
 from effic.backends.tvm.kernels.quantized import Outliers, QuantizedMatMul
 from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
+from effic.backends.tvm.operators.attention import attention
 from effic.backends.tvm.operators.encoded import as_matrix, fingerprint
 from effic.ir.encodings import Encoding, code_values
 from effic.ir.model import constant_array, constant_tensor, sole_consumer
@@ -48,7 +49,9 @@ def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
             lowering.set(tail.output, result)
             return
         if node.op_type == "MatMul":
-            result = _on_batches(lowering, x, right)
+            result = attention(lowering, node)
+            if result is None:
+                result = _on_batches(lowering, x, right)
             if result is not None:
                 lowering.set(node.outputs[0], result)
                 return

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+import tvm_ffi
+from tvm import ir, relax, tirx
 from tvm.relax.backend import cpu_generic
 
 from effic.backends.tvm.cpu import Cpu
@@ -63,6 +64,26 @@ def _root_functions() -> Any:
     return run
 
 
+def _drop_unused() -> Any:
+    """The pass that drops functions nobody calls, kernels with a name of their own among them."""
+
+    @tvm.transform.module_pass(opt_level=0, name="effic.DropUnused")
+    def run(module: Any, _context: Any) -> Any:
+        module = relax.transform.DeadCodeElimination()(module)
+        called: set[str] = set()
+        for _, function in module.functions_items():
+            # The function's own body, not its variable: nobody calls a kernel from itself.
+            tvm_ffi.structural_walk(function.body, (ir.GlobalVar, lambda v: called.add(v.name_hint)))
+        kept = {
+            variable: function
+            for variable, function in module.functions_items()
+            if isinstance(function, relax.Function) or variable.name_hint in called
+        }
+        return ir.IRModule(kept, attrs=module.attrs, global_infos=module.global_infos)
+
+    return run
+
+
 def _is_scheduled(function: Any) -> bool:
     return bool(function.attrs is not None and function.attrs.get("tirx.is_scheduled", False))
 
@@ -84,6 +105,7 @@ def fuse_and_schedule(cpu: Cpu) -> Any:
     """
     target = wide_target(cpu)
     steps = [
+        relax.transform.DeadCodeElimination(),  # what a kernel made needless gets none
         choose_kernels(cpu),
         relax.transform.DecomposeOpsForInference(),
         relax.transform.CanonicalizeBindings(),
@@ -93,7 +115,7 @@ def fuse_and_schedule(cpu: Cpu) -> Any:
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
-        relax.transform.DeadCodeElimination(),
+        _drop_unused(),
         _root_functions(),
         relax.transform.RewriteDataflowReshape(),
         schedule_functions(cpu),

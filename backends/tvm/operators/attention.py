@@ -1,0 +1,118 @@
+"""Attention as exporters write it: MatMul, a factor, an added mask, Softmax, MatMul.
+
+The pattern is read backwards from the second MatMul, when the values of all that feeds it are there; the
+products and the softmax that the kernel makes needless are left to dead code elimination.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from tvm import relax
+
+from effic.backends.tvm.kernels.attention import Attention
+from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
+from effic.ir.model import constant_array, sole_consumer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a softmax is taken of: ``scale * query @ keys + mask``, keys as ``[…, head_dim, keys]``."""
+
+    query: ir.Value
+    keys: ir.Value
+    scale: float
+    mask: ir.Value | None
+
+
+def attention(lowering: Lowering, node: ir.Node) -> Any | None:
+    """The result of a MatMul that ends an attention, by one kernel; None where it does not, or the kernel
+    does not hold it."""
+    weights, value = node.inputs
+    if lowering.opset < 13:  # softmax flattened its input then
+        return None
+    if weights is None or value is None or (scores := _scores(weights)) is None:
+        return None
+    operands = [lowering.value(one) for one in (scores.query, scores.keys, value)]
+    mask = None if scores.mask is None else lowering.value(scores.mask)
+    given = [*operands, *([] if mask is None else [mask])]
+    if any(dtype_of(one) != "float32" or len(shape_of(one)) != 4 for one in given):
+        return None
+    shapes = [shape_of(one) for one in given]
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return None
+    (batch, heads, queries, head_dim), turned, plain = shapes[:3]
+    keys = turned[3]
+    if turned != (batch, heads, head_dim, keys) or plain != (batch, heads, keys, head_dim):
+        return None
+    if mask is not None and shapes[3][3] != keys:
+        return None
+    kind, mask_shape = ("none", (1, 1, 1)) if mask is None else ("additive", shapes[3][:3])
+    spec = Attention(
+        batch,
+        heads,
+        heads,
+        queries,
+        keys,
+        head_dim,
+        kind,
+        mask_shape,
+        scale=scores.scale,  # type: ignore[arg-type]
+    )
+    if spec.why_not() is not None:
+        return None
+    # The transpose that made the keys is fused with this one: what remains is one copy, or none.
+    given[1] = lowering.emit(relax.op.permute_dims(given[1], [0, 1, 3, 2]))
+    return lowering.call(spec, given, (batch, heads, queries, head_dim), "float32")
+
+
+def _made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The node of one of these operators that makes a value which nobody else reads."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in operators:
+        return None
+    return node if sole_consumer(node.outputs[0]) is not None else None
+
+
+def _scores(weights: ir.Value) -> Scores | None:
+    softmax = _made_by(weights, "Softmax")
+    if softmax is None or softmax.attributes.get_int("axis", -1) not in (-1, 3):
+        return None
+    summed, mask = softmax.inputs[0], None
+    add = _made_by(summed, "Add")
+    if add is not None:
+        for index in (0, 1):
+            if _made_by(add.inputs[index], "MatMul", "Mul", "Div") is not None:
+                found = _product(add.inputs[index])
+                if found is not None:
+                    mask = add.inputs[1 - index]
+                    return Scores(*found, mask)
+        return None
+    found = _product(summed)
+    return None if found is None else Scores(*found, None)
+
+
+def _product(value: ir.Value | None) -> tuple[ir.Value, ir.Value, float] | None:
+    """``query @ keys`` with a constant factor behind it, if any."""
+    scale = 1.0
+    factor = _made_by(value, "Mul", "Div")
+    if factor is not None:
+        left, right = factor.inputs
+        number = _number(right)
+        if number is None and factor.op_type == "Mul":
+            left, number = right, _number(left)
+        if number is None or (factor.op_type == "Div" and number == 0):
+            return None
+        scale = number if factor.op_type == "Mul" else 1 / number
+        value = left
+    product = _made_by(value, "MatMul")
+    if product is None or product.inputs[0] is None or product.inputs[1] is None:
+        return None
+    return product.inputs[0], product.inputs[1], scale
+
+
+def _number(value: ir.Value | None) -> float | None:
+    array = None if value is None else constant_array(value)
+    return float(array.reshape(())) if array is not None and array.size == 1 else None

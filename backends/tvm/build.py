@@ -22,9 +22,9 @@ from effic.backends import get_backend
 from effic.backends.base import Built
 from effic.backends.tvm.artifact import TvmArtifact
 from effic.backends.tvm.child import Tell, run_in_child
-from effic.backends.tvm.features import features_of
+from effic.backends.tvm.features import features_of, why_not_here
 from effic.backends.tvm.manifest import LIBRARY, PARAMETERS, Bucket, Manifest, Port
-from effic.ir.errors import MissingToolError
+from effic.ir.errors import MissingToolError, NotMeasuredError
 from effic.ir.evaluate import index_bound
 from effic.ir.memory import peak_memory, reset_peak_memory
 from effic.ir.model import Model
@@ -92,6 +92,8 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     from effic.backends.tvm.schedule.pipeline import compile_module
 
     cpu, folder = backend.cpu(), request["folder"]
+    if request["inputs"] is not None:
+        _need_this_cpu(cpu)
     clock.stage("lowering")
     module, parameters, signature = build_relax(model, cpu, backend.shapes, backend.converter_options)
     clock.stage("compiling")
@@ -137,6 +139,17 @@ class _Clock:
     def end(self) -> None:
         if self._name:
             self.seconds[self._name] = time.perf_counter() - self._began
+
+
+def _need_this_cpu(cpu: Cpu) -> None:
+    from tvm.target import codegen
+
+    reason = why_not_here(str(codegen.llvm_get_system_triple()), features_of(cpu.mcpu))
+    if reason is not None:
+        raise NotMeasuredError(
+            f"a build for {cpu.mcpu} cannot be run here to be checked, as it {reason}; give --check off to build it "
+            "all the same, or name another mcpu"
+        )
 
 
 def _need_compiler() -> None:

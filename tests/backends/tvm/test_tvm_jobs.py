@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
 from effic.backends import get_backend
+from effic.backends.tvm import features
 from effic.backends.tvm.artifact import TvmArtifact
 from effic.backends.tvm.manifest import read_manifest
 from effic.backends.tvm.targets import TvmCpu
@@ -25,6 +26,7 @@ from effic.ir.errors import (
     CheckFailedError,
     MissingExtraError,
     MissingToolError,
+    NotMeasuredError,
     UnsupportedError,
     UsageError,
 )
@@ -237,6 +239,16 @@ def test_a_cpu_that_is_named_decides_the_instructions(tmp_path: Path) -> None:
     inputs = {"x": np.ones((2, K), np.float32)}
     found = compare_outputs(Oracle(linear()).run(inputs), TvmArtifact.load(tmp_path / "old.tvm").run(inputs))
     assert found.max_rel < 1e-5
+
+
+def test_a_build_for_a_cpu_that_is_not_here_says_that_it_cannot_be_checked(tmp_path: Path) -> None:
+    if "avx512_fp16" in features._flags():
+        pytest.skip("this machine has the instructions that it was to lack")
+    backend = get_backend("tvm-cpu{mcpu=sapphirerapids}")
+    with pytest.raises(
+        NotMeasuredError, match=r"needs .*avx512fp16.*, which this CPU lacks; give --check off"
+    ):
+        backend.build(linear(), tmp_path / "new.tvm", inputs={"x": np.zeros((2, K), np.float32)})
 
 
 def test_an_operator_that_cannot_be_lowered_is_named_before_anything_is_built(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ the group of column n. With ``int8`` activations the x (or a) of at most 256 k s
 the products are exact integers, and the zero-point sums are taken over the *rounded* activations.
 
 Forms. Few rows (fp32) and integers at any M: a register tile of rows x chunks runs over the words. More
-rows in fp32: 32 columns x at most 512 k are decoded to a buffer that stays in L2, exact outliers written
-over it, and a dense register tile runs over that; the decoding costs 2-3 instructions per 16 weights.
+rows in fp32: 32 columns x at most 256 k are decoded to a buffer that stays in cache, exact outliers added
+to it, and a dense register tile runs over that; the decoding costs 2-3 instructions per 16 weights.
 
 Outliers (EasyQuant): exact weights in place of single codes, sorted by block and piece of k. The code
 below one is set to the group's zero point, which decodes to zero; the outlier's share is added to the
-block's sums (or written over the decoded buffer).
+block's sums (or to the decoded buffer).
 
 Roofline. Bytes: ``K N bits/8`` of codes, ``4 N K/g`` of scales (5 with zero points), read once per call;
 instructions per 16 weights and row: one multiply-add (fp32) or a quarter (int8), plus 2 to decode (fp32, per row tile)

@@ -89,9 +89,9 @@ class DepthwiseConv2d:
     def pack(self, weight: np.ndarray, bias: np.ndarray | None = None) -> list[np.ndarray]:
         """``[C, 1, kh, kw]`` and ``[C]`` in blocks of 16 channels, zeros past C."""
         blocks, kernel = -(-self.channels // LANES), self.window.kernel
-        packed = np.zeros((blocks * LANES, *kernel), np.float32)
-        packed[: self.channels] = weight.reshape(self.channels, *kernel)
-        packed = packed.reshape(blocks, LANES, *kernel).transpose(0, 2, 3, 1)
+        filters = np.zeros((blocks * LANES, *kernel), np.float32)
+        filters[: self.channels] = weight.reshape(self.channels, *kernel)
+        packed = filters.reshape(blocks, LANES, *kernel).transpose(0, 2, 3, 1)
         result = [np.ascontiguousarray(packed)]
         if self.bias:
             padded = np.zeros((blocks, LANES), np.float32)

@@ -191,7 +191,7 @@ def _pool(lowering: Lowering, node: ir.Node) -> bool:
     if window is None:
         return False
     count_pads = bool(node.attributes.get_int("count_include_pad", 0))
-    if count_pads and node.attributes.get_int("ceil_mode", 0):
+    if count_pads and node.attributes.get_int("ceil_mode", 0) != 0:
         return False
     kind = "max" if node.op_type == "MaxPool" else "mean"
     spec = Pool2d(

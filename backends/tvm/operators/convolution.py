@@ -351,7 +351,7 @@ class _Tail:
 
     def _take_norm(self, node: ir.Node) -> bool:
         arrays = [constant_array(value) for value in node.inputs[1:5]]
-        if len(node.outputs) != 1 or node.attributes.get_int("training_mode", 0):
+        if len(node.outputs) != 1 or node.attributes.get_int("training_mode", 0) != 0:
             return False
         if node.inputs[0] is not self.output or any(a is None or a.shape != (self.filters,) for a in arrays):
             return False

@@ -291,11 +291,13 @@ class QuantizedMatMul:
 
     def _row(self, k: np.ndarray) -> np.ndarray:
         """Where input channels are in the packed weight."""
-        return k // self.k_group * (self.pieces * self.segment) + k % self.k_group
+        places: np.ndarray = k // self.k_group * (self.pieces * self.segment) + k % self.k_group
+        return places
 
     def _column(self, n: np.ndarray) -> np.ndarray:
         """Where output channels are in the packed weight."""
-        return n // self.n_group * self.n_stride + n % self.n_group
+        places: np.ndarray = n // self.n_group * self.n_stride + n % self.n_group
+        return places
 
     def _place(self, codes: np.ndarray, padded: np.ndarray, offset: int) -> None:
         """Write codes to ``padded`` as unsigned numbers.

@@ -506,7 +506,7 @@ class _Code:
                 for j in range(spec.per_word):
                     k = i * spec.per_word + j
                     value = self.decoded(word, j)
-                    index = (group, segment * spec.segment + k)
+                    index: tuple[Any, ...] = (group, segment * spec.segment + k)
                     if self.inputs:
                         scale = splat(T, self.scales[index])
                         zero = None if self.zeros is None else splat(T, T.cast(self.zeros[index], "float32"))

@@ -33,25 +33,25 @@ DECODED_K = 256
 SHARED_GROUPS = 4
 """Up to so many groups of columns the activations of all of them are laid out before the blocks begin."""
 
-_PANEL = 2
+PANEL = 2
 """Chunks of a decoded panel."""
 
-_VPERMPS = "llvm.x86.avx512.permvar.sf.512"
+VPERMPS = "llvm.x86.avx512.permvar.sf.512"
 _VCVTPS2DQ = "llvm.x86.avx512.mask.cvtps2dq.512"
 _CURRENT_ROUNDING = 4
-_VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
+VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
 
 
 def quantized_function(spec: QuantizedMatMul, cpu: Cpu) -> Any:
     """The function of a spec that can be held."""
     result: list[Any] = []
     with function(spec.name, result) as T:
-        _Code(spec, cpu, T).write()
+        QuantizedCode(spec, cpu, T).write()
     return result[0]
 
 
 @dataclass(frozen=True)
-class _Laid:
+class Laid:
     """Activations as the tiles read them: a row per group of columns and row of x.
 
     Attributes:
@@ -69,7 +69,9 @@ class _Laid:
     row: Any
 
 
-class _Code:
+class QuantizedCode:
+    """Writes the function of one spec; other codes of weights change how a vector of them is read."""
+
     def __init__(self, spec: QuantizedMatMul, cpu: Cpu, T: Any) -> None:
         self.spec, self.T = spec, T
         self.avx512 = cpu.avx512 and not spec.portable
@@ -109,7 +111,7 @@ class _Code:
             # The table repeats itself where codes are narrower than its four bits of index.
             index = T.bitwise_and(T.ramp(0, 1, LANES), T.broadcast(code, LANES))
             table = T.cast(index - self.integer(spec.middle), "float32x16")
-            return T.call_llvm_pure_intrin(_VPERMPS, table, moved, dtype="float32x16")
+            return T.call_llvm_pure_intrin(VPERMPS, table, moved, dtype="float32x16")
         moved = T.bitwise_and(moved, T.broadcast(code, LANES))
         return T.cast(moved - self.integer(spec.middle), "float32x16")
 
@@ -123,7 +125,7 @@ class _Code:
                 moved = T.bitwise_and(moved, self.integer(mask * 0x01010101))
             left = T.reinterpret("int8x64", moved)
             right = T.reinterpret("int8x64", T.broadcast(T.reinterpret("int32", four), LANES))
-            return T.call_llvm_pure_intrin(_VPDPBUSD, total, left, right, dtype="int32x16")
+            return T.call_llvm_pure_intrin(VPDPBUSD, total, left, right, dtype="int32x16")
         word = T.reinterpret("int32", four)
         for byte in range(4):
             part = T.shift_right(moved, self.integer(8 * byte)) if byte else moved
@@ -190,7 +192,7 @@ class _Code:
                 copy(row, full, spec.k % spec.k_group)
         return plain
 
-    def lay_out(self, groups: int, first: Any, row: Any, rows: int, parallel: bool) -> _Laid:
+    def lay_out(self, groups: int, first: Any, row: Any, rows: int, parallel: bool) -> Laid:
         """Activations of ``groups`` groups of columns from ``first`` on and ``rows`` rows from ``row`` on."""
         spec, T = self.spec, self.T
         if self.integers:
@@ -201,7 +203,7 @@ class _Code:
             values = T.alloc_buffer((groups, rows, spec.padded_k + LANES), "float32")
             sums = T.alloc_buffer((groups, rows, spec.k_groups), "float32")
             scales = None
-        laid = _Laid(values, sums, scales, first, row)
+        laid = Laid(values, sums, scales, first, row)
         with loop(T, groups * rows, parallel) as i:
             group, line = T.floordiv(i, rows), T.floormod(i, rows)
             if self.integers:
@@ -212,13 +214,13 @@ class _Code:
                     self.scale_group(laid, group, line, k_group)
         return laid
 
-    def activation(self, laid: _Laid, group: Any, row: Any, k: Any) -> Any:
+    def activation(self, laid: Laid, group: Any, row: Any, k: Any) -> Any:
         value = self.read(self.plain, laid.row + row, k)
         if self.inputs:
             value = value * self.read(self.scales, laid.first + group, k)
         return value
 
-    def scale_group(self, laid: _Laid, group: Any, row: Any, k_group: Any) -> None:
+    def scale_group(self, laid: Laid, group: Any, row: Any, k_group: Any) -> None:
         """fp32: activations of one group along k, and what its zero points take off."""
         spec, T = self.spec, self.T
         length = spec.pieces * spec.segment
@@ -234,7 +236,7 @@ class _Code:
                 self.write_lanes(total, self.read(total, 0) + value, 0)
         T.buffer_store(laid.sums, self.reduced(self.read(total, 0), "add"), [group, row, k_group])
 
-    def round_segment(self, laid: _Laid, group: Any, row: Any, segment: Any) -> None:
+    def round_segment(self, laid: Laid, group: Any, row: Any, segment: Any) -> None:
         """int8: activations of a segment, their scale, and the sum that the codes' zero takes off."""
         spec, T = self.spec, self.T
         count = spec.segment // LANES
@@ -323,7 +325,7 @@ class _Code:
             if rest:
                 tile(full * rows, rest)
 
-    def direct_tile(self, laid: _Laid, sums: Any, block: Any, first: Any, rows: int, chunks: int) -> None:
+    def direct_tile(self, laid: Laid, sums: Any, block: Any, first: Any, rows: int, chunks: int) -> None:
         spec, T = self.spec, self.T
         with T.serial(rows * CHUNKS) as i:
             self.write_lanes(sums, splat(T, 0.0), T.floordiv(i, CHUNKS), T.floormod(i, CHUNKS) * LANES)
@@ -339,14 +341,14 @@ class _Code:
         for row in range(rows):
             self.store_row(sums, row, block, first + row, 0, CHUNKS)
 
-    def group_of(self, laid: _Laid, block: Any, chunk: Any) -> Any:
+    def group_of(self, laid: Laid, block: Any, chunk: Any) -> Any:
         """Which group of columns a chunk is in, counted from the first that is laid out."""
         if not self.inputs:
             return 0
         return self.T.floordiv((block * CHUNKS + chunk) * LANES, self.spec.n_stride) - laid.first
 
     def direct_chunks(
-        self, laid: _Laid, sums: Any, block: Any, first: Any, rows: int, part: Any, start: Any, chunks: int
+        self, laid: Laid, sums: Any, block: Any, first: Any, rows: int, part: Any, start: Any, chunks: int
     ) -> None:
         """What segment (int8) or group (fp32) ``part`` along k adds to ``chunks`` chunks of ``sums``."""
         spec, T = self.spec, self.T
@@ -378,7 +380,7 @@ class _Code:
 
     def accumulate(
         self,
-        laid: _Laid,
+        laid: Laid,
         total: Any,
         word: Any,
         group: Any,
@@ -404,7 +406,7 @@ class _Code:
                 self.write_lanes(total, value, cell)
 
     def finished(
-        self, laid: _Laid, total: Any, group: Any, block: Any, row: Any, part: Any, column: Any
+        self, laid: Laid, total: Any, group: Any, block: Any, row: Any, part: Any, column: Any
     ) -> Any:
         """What the sum over a segment (int8) or group (fp32) adds to y."""
         spec, T = self.spec, self.T
@@ -463,16 +465,16 @@ class _Code:
 
     def write_panels(self) -> None:
         spec, T = self.spec, self.T
-        per_block = CHUNKS // _PANEL
-        rows, full, rest = tiles(spec.m, max(1, self.registers // _PANEL - 2))
+        per_block = CHUNKS // PANEL
+        rows, full, rest = tiles(spec.m, max(1, self.registers // PANEL - 2))
         together = max(1, DECODED_K // spec.segment)
         pieces, left = divmod(spec.segments, together)
         with loop(T, spec.blocks * per_block, self.parallel) as panel:
-            block, start = T.floordiv(panel, per_block), T.floormod(panel, per_block) * _PANEL
-            decoded = T.alloc_buffer((together * spec.segment, _PANEL * LANES), "float32")
-            sums = T.alloc_buffer((spec.m, _PANEL * LANES), "float32")
-            with T.serial(spec.m * _PANEL) as i:
-                self.write_lanes(sums, splat(T, 0.0), T.floordiv(i, _PANEL), T.floormod(i, _PANEL) * LANES)
+            block, start = T.floordiv(panel, per_block), T.floormod(panel, per_block) * PANEL
+            decoded = T.alloc_buffer((together * spec.segment, PANEL * LANES), "float32")
+            sums = T.alloc_buffer((spec.m, PANEL * LANES), "float32")
+            with T.serial(spec.m * PANEL) as i:
+                self.write_lanes(sums, splat(T, 0.0), T.floordiv(i, PANEL), T.floormod(i, PANEL) * LANES)
 
             def piece(first: Any, segments: int) -> None:
                 with T.serial(segments) as segment:
@@ -492,13 +494,13 @@ class _Code:
             if left:
                 piece(pieces * together, left)
             with T.serial(spec.m) as row:
-                self.store_row(sums, row, block, row, start, _PANEL)
+                self.store_row(sums, row, block, row, start, PANEL)
 
     def decode_segment(self, decoded: Any, block: Any, start: Any, segment: Any, at: Any) -> None:
         """A segment of the panel's columns as floats, at segment ``at`` of the buffer."""
         spec, T = self.spec, self.T
         words = spec.segment // spec.per_word
-        for chunk in range(_PANEL):
+        for chunk in range(PANEL):
             column = (start + chunk) * LANES
             group = T.floordiv(block * COLUMNS + column, spec.n_stride)
             with T.serial(words) as i:
@@ -526,7 +528,7 @@ class _Code:
         with T.serial(self.begins[index + 1] - self.begins[index]) as i:
             place = self.places[self.begins[index] + i]
             column = T.bitwise_and(place, T.int32(COLUMNS - 1)) - start * LANES
-            with T.If(T.And(column >= 0, column < _PANEL * LANES)), T.Then():
+            with T.If(T.And(column >= 0, column < PANEL * LANES)), T.Then():
                 k = T.shift_right(place, T.int32(7)) - segment * spec.segment + at * spec.segment
                 value = decoded[k, column] + self.shares[self.begins[index] + i]
                 T.buffer_store(decoded, value, [k, column])
@@ -534,12 +536,12 @@ class _Code:
     def dense_tile(self, decoded: Any, sums: Any, first: Any, rows: int, k: Any, length: int) -> None:
         """``rows`` rows of x times the decoded panel, added to ``sums``."""
         T = self.T
-        total = accumulators(T, rows * _PANEL)
-        cells = [(row, part, (row * _PANEL + part) * LANES) for row in range(rows) for part in range(_PANEL)]
+        total = accumulators(T, rows * PANEL)
+        cells = [(row, part, (row * PANEL + part) * LANES) for row in range(rows) for part in range(PANEL)]
         for row, part, cell in cells:
             self.write_lanes(total, self.read(sums, first + row, part * LANES), cell)
         with T.serial(length) as i:
-            panel = [self.read(decoded, i, part * LANES) for part in range(_PANEL)]
+            panel = [self.read(decoded, i, part * LANES) for part in range(PANEL)]
             for row, part, cell in cells:
                 x = splat(T, self.plain[first + row, k + i])
                 self.write_lanes(total, self.read(total, cell) + x * panel[part], cell)

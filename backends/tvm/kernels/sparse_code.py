@@ -1,0 +1,275 @@
+"""The TIR of :class:`~effic.backends.tvm.kernels.sparse.SparseMatMul`; layout and algebra are told there.
+
+What differs from the quantized products is how activations meet a vector of codes: gathered by its places.
+Without gathering instructions more than a few rows run over a decoded panel, as the quantized ones do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.kernels.lanes import LANES, function, lanes, splat
+from effic.backends.tvm.kernels.quantized import CHUNKS, COLUMNS
+from effic.backends.tvm.kernels.quantized_code import (
+    DIRECT_ROWS,
+    PANEL,
+    VPDPBUSD,
+    VPERMPS,
+    Laid,
+    QuantizedCode,
+)
+from effic.backends.tvm.kernels.sparse import FLOAT, WINDOW, SparseMatMul
+
+_VPSHUFB = "llvm.x86.avx512.pshuf.b.512"
+
+
+def sparse_function(spec: SparseMatMul, cpu: Cpu) -> Any:
+    """The function of a spec that can be held."""
+    result: list[Any] = []
+    with function(spec.name, result) as T:
+        _SparseCode(spec, cpu, T).write()
+    return result[0]
+
+
+class _SparseCode(QuantizedCode):
+    spec: SparseMatMul
+
+    def __init__(self, spec: SparseMatMul, cpu: Cpu, T: Any) -> None:
+        super().__init__(spec, cpu, T)
+        self.integers = spec.rounds
+        self.direct = self.integers or self.avx512 or spec.m <= DIRECT_ROWS
+
+    # -- the function -----------------------------------------------------------------------------
+
+    def write(self) -> None:
+        spec, T = self.spec, self.T
+        floats = spec.bits == FLOAT
+        self.x = T.arg("x", T.Buffer((spec.m, spec.k), "float32"))
+        words = spec.slots // spec.per_word
+        kind = "float32" if floats else "int32"
+        self.w = T.arg("w", T.Buffer((spec.blocks, words, CHUNKS, LANES), kind))
+        words = spec.slots // spec.per_place_word
+        self.places = T.arg("places", T.Buffer((spec.blocks, words, CHUNKS, LANES), "int32"))
+        groups = (spec.n_groups, spec.padded_k) if self.inputs else (spec.blocks, spec.k_groups, COLUMNS)
+        if not floats:
+            self.scales = T.arg("scales", T.Buffer(groups, "float32"))
+        if self.integers:
+            self.begun = T.arg("begun", T.Buffer((spec.blocks, spec.segments, COLUMNS), "int32"))
+        self.zeros = None
+        self.bias = T.arg("bias", T.Buffer((spec.blocks, COLUMNS), "float32")) if spec.bias else None
+        self.y = T.arg("y", T.Buffer((spec.m, spec.n), "float32"))
+        self.plain = self.plain_activations()
+        if self.direct:
+            self.write_direct()
+        else:
+            self.write_panels()
+
+    # -- slots ------------------------------------------------------------------------------------
+
+    def value(self, block: Any, number: Any, slot: int, chunk: Any) -> Any:
+        """The values of a slot of period ``number``, as floats."""
+        spec, T = self.spec, self.T
+        index = number * (spec.period_slots // spec.per_word) + slot // spec.per_word
+        word = self.read(self.w, block, index, chunk, 0)
+        if spec.bits == FLOAT:
+            return word
+        if spec.bits == 4:
+            return self.decoded(word, slot % 8)
+        if slot % 4 < 3:
+            word = T.shift_left(word, self.integer(24 - 8 * (slot % 4)))
+        return T.cast(T.shift_right(word, self.integer(24)), "float32x16")
+
+    def place_word(self, block: Any, number: Any, slot: int, chunk: Any) -> Any:
+        spec = self.spec
+        index = number * (spec.period_slots // spec.per_place_word) + slot // spec.per_place_word
+        return self.read(self.places, block, index, chunk, 0)
+
+    def place(self, block: Any, number: Any, slot: int, chunk: Any) -> Any:
+        """The places of a slot in their group or window; what lies above their bits is not cleared."""
+        spec = self.spec
+        within = slot % spec.per_place_word
+        shift = 8 * (within % 4) + spec.place_bits * (within // 4)
+        word = self.place_word(block, number, slot, chunk)
+        return self.T.shift_right(word, self.integer(shift)) if shift else word
+
+    def cleared(self, place: Any) -> Any:
+        return self.T.bitwise_and(place, self.integer((1 << self.spec.place_bits) - 1))
+
+    def base(self, slot: int) -> int:
+        """k, within a period, of the group or window that the place of a slot is counted from."""
+        spec = self.spec
+        together = 1 if spec.place_bits == 2 else spec.window_groups
+        return slot // spec.kept // together * together * spec.of
+
+    def gathered(self, laid: Laid, group: Any, row: Any, k: Any, place: Any) -> Any:
+        """Activations at places counted from k."""
+        spec, T = self.spec, self.T
+        if not self.avx512:
+            return self.gathered_singly(laid, group, row, k, place)
+        if spec.place_bits == 2:
+            four = laid.values[group, row, T.ramp(k, 1, 4)]
+            table = self.repeated(four, 4)
+        else:
+            table = self.read(laid.values, group, row, k)
+        return T.call_llvm_pure_intrin(VPERMPS, table, place, dtype="float32x16")
+
+    def gathered_singly(self, laid: Laid, group: Any, row: Any, k: Any, place: Any) -> Any:
+        T = self.T
+        self.write_lanes(self.indices, self.cleared(place), 0)
+        with T.serial(LANES) as lane:
+            T.buffer_store(self.found, laid.values[group, row, k + self.indices[lane]], [lane])
+        return self.read(self.found, 0)
+
+    def repeated(self, vector: Any, width: int) -> Any:
+        """A short vector four times over."""
+        from tvm.tirx import Shuffle, const
+
+        return Shuffle([vector] * 4, [const(i, "int32") for i in range(4 * width)])
+
+    # -- the tile ---------------------------------------------------------------------------------
+
+    def direct_chunks(
+        self, laid: Laid, sums: Any, block: Any, first: Any, rows: int, part: Any, start: Any, chunks: int
+    ) -> None:
+        spec, T = self.spec, self.T
+        periods = (spec.segment if self.integers else spec.pieces * spec.segment) // spec.period
+        dtype = "int32" if self.integers else "float32"
+        total = T.alloc_buffer((rows * chunks * LANES,), dtype, scope="local")
+        cells = [
+            (row, chunk, (row * chunks + chunk) * LANES) for row in range(rows) for chunk in range(chunks)
+        ]
+        groups = [self.group_of(laid, block, start + chunk) for chunk in range(chunks)]
+        if not self.avx512 or (self.integers and not self.vnni):
+            self.indices = T.alloc_buffer((LANES,), "int32", scope="local")
+            self.found = T.alloc_buffer((LANES,), "int8" if self.integers else "float32", scope="local")
+        for _, chunk, cell in cells:
+            value = splat(T, 0.0)
+            if self.integers:
+                value = self.read(self.begun, block, part, (start + chunk) * LANES)
+                value = value if self.vnni else self.integer(0)
+            self.write_lanes(total, value, cell)
+        with T.serial(periods) as i:
+            number = part * periods + i
+            for slot in range(0, spec.period_slots, 4 if self.integers else 1):
+                for chunk in range(chunks):
+                    lines = [(first + row - laid.row, (row * chunks + chunk) * LANES) for row in range(rows)]
+                    step = self.four_slots if self.integers else self.one_slot
+                    step(laid, total, groups[chunk], block, number, slot, start + chunk, lines)
+        for row, chunk, cell in cells:
+            column = (start + chunk) * LANES
+            value = self.read(total, cell)
+            value = self.finished(laid, value, groups[chunk], block, first + row, part, column)
+            self.write_lanes(sums, self.read(sums, row, column) + value, row, column)
+
+    def one_slot(
+        self,
+        laid: Laid,
+        total: Any,
+        group: Any,
+        block: Any,
+        number: Any,
+        slot: int,
+        chunk: Any,
+        lines: list[tuple[Any, int]],
+    ) -> None:
+        """fp32: a slot of 16 columns times the activations of each row."""
+        k = number * self.spec.period + self.base(slot)
+        value = self.value(block, number, slot, chunk)
+        place = self.place(block, number, slot, chunk)
+        for row, cell in lines:
+            product = self.gathered(laid, group, row, k, place) * value
+            self.write_lanes(total, self.read(total, cell) + product, cell)
+
+    def four_slots(
+        self,
+        laid: Laid,
+        total: Any,
+        group: Any,
+        block: Any,
+        number: Any,
+        slot: int,
+        chunk: Any,
+        lines: list[tuple[Any, int]],
+    ) -> None:
+        """int8: four slots of 16 columns times the activations of each row."""
+        spec, T = self.spec, self.T
+        k = number * spec.period + self.base(slot)
+        if not self.vnni:
+            for one in range(slot, slot + 4):
+                place = self.place(block, number, one, chunk)
+                value = T.cast(self.value(block, number, one, chunk), "int32x16")
+                for row, cell in lines:
+                    at = number * spec.period + self.base(one)
+                    x = T.cast(self.gathered_singly(laid, group, row, at, place), "int32x16")
+                    self.write_lanes(total, self.read(total, cell) + x * value, cell)
+            return
+        field = slot % spec.per_place_word // 4
+        word = self.place_word(block, number, slot, chunk)
+        word = T.shift_right(word, self.integer(spec.place_bits * field)) if field else word
+        word = T.bitwise_and(word, self.integer(((1 << spec.place_bits) - 1) * 0x01010101))
+        offset = sum((self.base(slot + i) - self.base(slot)) << 8 * i for i in range(4))
+        if offset:
+            word = (
+                T.bitwise_or(word, self.integer(offset))
+                if self.disjoint(slot)
+                else word + self.integer(offset)
+            )
+        place = T.reinterpret("int8x64", word)
+        value = self.value_bytes(block, number, slot, chunk)
+        for row, cell in lines:
+            sixteen = laid.values[group, row, T.ramp(k, 1, WINDOW)]
+            table = self.repeated(T.bitwise_xor(sixteen, T.broadcast(T.int8(-128), WINDOW)), WINDOW)
+            x = T.call_llvm_pure_intrin(_VPSHUFB, table, place, dtype="int8x64")
+            here = self.read(total, cell)
+            dot = T.call_llvm_pure_intrin(VPDPBUSD, here, x, value, dtype="int32x16")
+            self.write_lanes(total, dot, cell)
+
+    def disjoint(self, slot: int) -> bool:
+        """Whether offsets of groups share no bit with places in them."""
+        return all((self.base(slot + i) - self.base(slot)) % 4 == 0 for i in range(4))
+
+    def value_bytes(self, block: Any, number: Any, slot: int, chunk: Any) -> Any:
+        """Four slots' values of 16 columns as signed bytes."""
+        spec, T = self.spec, self.T
+        index = number * (spec.period_slots // spec.per_word) + slot // spec.per_word
+        word = self.read(self.w, block, index, chunk, 0)
+        if spec.bits == 8:
+            return T.reinterpret("int8x64", word)
+        if slot % 8 >= 4:
+            word = T.shift_right(word, self.integer(4))
+        word = T.bitwise_and(word, self.integer(0x0F0F0F0F))
+        return T.reinterpret("int8x64", word) - T.broadcast(T.int8(spec.middle), 64)
+
+    def finished(
+        self, laid: Laid, total: Any, group: Any, block: Any, row: Any, part: Any, column: Any
+    ) -> Any:
+        return (
+            total
+            if self.spec.bits == FLOAT
+            else super().finished(laid, total, group, block, row, part, column)
+        )
+
+    # -- decoded panels ---------------------------------------------------------------------------
+
+    def decode_segment(self, decoded: Any, block: Any, start: Any, segment: Any, at: Any) -> None:
+        spec, T = self.spec, self.T
+        periods = spec.segment // spec.period
+        for chunk in range(PANEL):
+            column = (start + chunk) * LANES
+            group = T.floordiv(block * COLUMNS + column, spec.n_stride)
+            with T.serial(periods) as i:
+                for k in range(spec.period):
+                    first = k // spec.of * spec.kept
+                    value = splat(T, 0.0)
+                    for slot in range(first, first + spec.kept):
+                        place = self.cleared(self.place(block, segment * periods + i, slot, start + chunk))
+                        here = T.cast(place == self.integer(k - self.base(slot)), "float32x16")
+                        value = value + here * self.value(block, segment * periods + i, slot, start + chunk)
+                    line = i * spec.period + k
+                    if self.inputs:
+                        value = value * splat(T, self.scales[group, segment * spec.segment + line])
+                    elif spec.bits != FLOAT:
+                        k_group = T.floordiv(segment, spec.pieces)
+                        value = value * self.read(self.scales, block, k_group, column)
+                    self.write_lanes(decoded, value, at * spec.segment + line, chunk * LANES)

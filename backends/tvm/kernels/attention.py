@@ -261,7 +261,7 @@ class _Head:
         T, spec = self.T, self.spec
         start = 0
         while start < spec.head_dim:
-            pieces = []
+            pieces: list[tuple[int, int]] = []
             while len(pieces) < _VALUES and start < spec.head_dim:
                 width = min(LANES, spec.head_dim - start)
                 pieces.append((start, width))

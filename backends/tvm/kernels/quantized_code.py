@@ -524,9 +524,9 @@ class QuantizedCode:
                     self.write_lanes(decoded, value, at * spec.segment + k, chunk * LANES)
         if not spec.outliers:
             return
-        index = block * spec.segments + segment
-        with T.serial(self.begins[index + 1] - self.begins[index]) as i:
-            place = self.places[self.begins[index] + i]
+        part = block * spec.segments + segment
+        with T.serial(self.begins[part + 1] - self.begins[part]) as i:
+            place = self.places[self.begins[part] + i]
             column = T.bitwise_and(place, T.int32(COLUMNS - 1)) - start * LANES
             with T.If(T.And(column >= 0, column < PANEL * LANES)), T.Then():
                 k = T.shift_right(place, T.int32(7)) - segment * spec.segment + at * spec.segment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -74,14 +75,13 @@ def fold(T: Any, buffer: Any, count: int, combine: Callable[[Any, Any], Any]) ->
     value, width = whole[0], LANES
     while width > 2:
         width //= 2
-        value = share(
-            value,
-            lambda v, width=width: combine(
-                tirx.op.vectorlow(f"float32x{width}", v), tirx.op.vectorhigh(f"float32x{width}", v)
-            ),
-        )
+        value = share(value, partial(_halves, combine, f"float32x{width}"))
     pair = keep_pair(T, value)
     return keep(T, combine(pair[0], pair[1]), 1)
+
+
+def _halves(combine: Callable[[Any, Any], Any], kind: str, value: Any) -> Any:
+    return combine(tirx.op.vectorlow(kind, value), tirx.op.vectorhigh(kind, value))
 
 
 def keep_pair(T: Any, value: Any) -> Any:

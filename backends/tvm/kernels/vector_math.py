@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tvm import ir, tirx
@@ -250,7 +251,8 @@ def replace_calls(body: Any) -> Any:
     import tvm_ffi
 
     def replaced(call: Any) -> Any:
-        if not isinstance(call.op, ir.Op) or not call.args or str(call.ty.dtype) != "float32":
+        # What a sorting function is handed is a call too: of a pointer, which has no element type.
+        if not isinstance(call.op, ir.Op) or not call.args or str(getattr(call.ty, "dtype", "")) != "float32":
             return call
         if make := _ONE_ARGUMENT.get(call.op.name):
             return make(call.args[0])
@@ -263,10 +265,22 @@ def replace_calls(body: Any) -> Any:
 
 
 def _with_nan(bound: Any) -> Any:
-    """A maximum or minimum with a constant that lets NaN through: a relu or a clip. LLVM's own returns the
-    constant."""
+    """A maximum or minimum of floats that lets NaN through, whichever side it is on. LLVM's own returns the
+    other side."""
+    dtype = str(bound.ty.dtype)
+    if not dtype.startswith("float"):
+        return bound
+    upwards = isinstance(bound, tirx.Max)
+
+    def within(x: Any, limit: Any) -> Any:
+        # A comparison with NaN fails, and then the value that may be one is taken.
+        return tirx.Select(x < limit if upwards else x > limit, limit, x)
+
     for x, limit in ((bound.a, bound.b), (bound.b, bound.a)):
-        if isinstance(limit, tirx.FloatImm) and str(bound.ty.dtype) == "float32":
-            beyond = (lambda v, c: v < c) if isinstance(bound, tirx.Max) else (lambda v, c: v > c)
-            return share(x, lambda v, limit=limit, beyond=beyond: tirx.Select(beyond(v, limit), limit, v))
-    return bound
+        if isinstance(limit, tirx.FloatImm):
+            return share(x, partial(within, limit=limit))
+
+    def larger(a: Any, b: Any) -> Any:
+        return tirx.Select(op.isnan(b), b, within(a, b))
+
+    return share(bound.a, lambda a: share(bound.b, lambda b: larger(a, b)))

@@ -6,7 +6,7 @@ products and the softmax that the kernel makes needless are left to dead code el
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -49,18 +49,9 @@ def attention(lowering: Lowering, node: ir.Node) -> Any | None:
         return None
     if mask is not None and shapes[3][3] != keys:
         return None
-    kind, mask_shape = ("none", (1, 1, 1)) if mask is None else ("additive", shapes[3][:3])
-    spec = Attention(
-        batch,
-        heads,
-        heads,
-        queries,
-        keys,
-        head_dim,
-        kind,
-        mask_shape,
-        scale=scores.scale,  # type: ignore[arg-type]
-    )
+    spec = Attention(batch, heads, heads, queries, keys, head_dim, scale=scores.scale)
+    if mask is not None:
+        spec = replace(spec, mask="additive", mask_shape=shapes[3][:3])
     if spec.why_not() is not None:
         return None
     # The transpose that made the keys is fused with this one: what remains is one copy, or none.

@@ -16,7 +16,7 @@ def extreme(lowering: Lowering, node: ir.Node) -> None:
         by_importer(lowering, node)
         return
     axes = _axes(lowering, node)
-    if axes == [] and node.attributes.get_int("noop_with_empty_axes", 0):
+    if axes == [] and node.attributes.get_int("noop_with_empty_axes", False):
         lowering.set(node.outputs[0], x)
         return
     reduce = relax.op.max if node.op_type == "ReduceMax" else relax.op.min

@@ -26,7 +26,6 @@ def choose_kernels(cpu: Cpu) -> Any:
     Operators whose normalised axes are unknown at build, or do not lie beside each other, stay as they are.
     """
 
-    @tvm.transform.module_pass(opt_level=0, name="effic.ChooseKernels")
     def run(module: Any, _context: Any) -> Any:
         chooser = _Chooser(module, cpu)
         for variable, function in module.functions_items():
@@ -34,7 +33,7 @@ def choose_kernels(cpu: Cpu) -> Any:
                 chooser.builder_.update_func(variable, chooser.visit_expr(function))
         return chooser.builder_.get()
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0, name="effic.ChooseKernels")
 
 
 def _sizes(expression: Any) -> list[Any] | None:

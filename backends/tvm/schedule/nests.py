@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -232,11 +233,13 @@ def _spatial(block: Block, cpu: Cpu) -> Any:
     parts = []
     ends = [0, *breakpoints(store.value, inner), inner.size] if inner.size is not None else [0, inner.extent]
     for low, high in itertools.pairwise(ends):
-        piece = _in_range(store, inner, low, high)
-        parts.append(
-            _vectors(lambda at, piece=piece: substitute(piece, {inner.var: at}), low, high, lanes, alone)
-        )
+        piece = partial(_at, _in_range(store, inner, low, high), inner.var)
+        parts.append(_vectors(piece, low, high, lanes, alone))
     return _over(outer, sequence(parts), parallel)
+
+
+def _at(store: Any, var: Any, index: Any) -> Any:
+    return substitute(store, {var: index})
 
 
 def _in_range(store: Any, axis: Axis, low: int, high: Any) -> Any:
@@ -321,7 +324,8 @@ def _reduction(block: Block, cpu: Cpu) -> Any:
     if known is None:
         return _plain(block, cpu)
     kind, term = known
-    out, indices, start = block.body.buffer, list(block.body.indices), block.init.value
+    init: Any = block.init  # a store: else the block is not of this form
+    out, indices, start = block.body.buffer, list(block.body.indices), init.value
     shell = tirx.BufferStore(out, term, indices)  # one node, so that all indices are renamed together
     spatial, (shell,) = _merged(block.spatial, [shell])
     reduced, (shell,) = _merged(block.reduced, [shell])
@@ -507,7 +511,9 @@ class _Reduction:
 
     def _tile(self, row: Axis | None, first: Any, height: int, vector: Axis, column: Any, width: int) -> Any:
         sums = tirx.decl_buffer((height * width,), self.dtype, "tile", scope="local")
-        begin, walk, finish = [], [], []
+        begin: list[Any] = []
+        walk: list[Any] = []
+        finish: list[Any] = []
         for h in range(height):
             for at, wide in _vectors_of(width, self.lanes):
                 lane = index_var("l")

@@ -7,6 +7,7 @@ and every function without a schedule gets one.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import tvm
@@ -36,7 +37,6 @@ def wide_target(cpu: Cpu) -> Any:
 def schedule_functions(cpu: Cpu) -> Any:
     """The pass that schedules every PrimFunc without the attribute ``tirx.is_scheduled``."""
 
-    @tvm.transform.module_pass(opt_level=0, name="effic.ScheduleFunctions")
     def run(module: Any, _context: Any) -> Any:
         changed = {}
         for variable, function in module.functions_items():
@@ -46,13 +46,12 @@ def schedule_functions(cpu: Cpu) -> Any:
             module.update_func(variable, function)
         return module
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0, name="effic.ScheduleFunctions")
 
 
 def _root_functions() -> Any:
     """The pass that puts bare bodies into a root block: the next one fails on them otherwise."""
 
-    @tvm.transform.module_pass(opt_level=0, name="effic.RootFunctions")
     def run(module: Any, _context: Any) -> Any:
         for variable, function in list(module.functions_items()):
             if isinstance(function, tirx.PrimFunc):
@@ -61,13 +60,12 @@ def _root_functions() -> Any:
                     module.update_func(variable, function.with_body(body))
         return module
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0, name="effic.RootFunctions")
 
 
 def _drop_unused() -> Any:
     """The pass that drops functions nobody calls, kernels with a name of their own among them."""
 
-    @tvm.transform.module_pass(opt_level=0, name="effic.DropUnused")
     def run(module: Any, _context: Any) -> Any:
         module = relax.transform.DeadCodeElimination()(module)
         called: set[str] = set()
@@ -81,7 +79,22 @@ def _drop_unused() -> Any:
         }
         return ir.IRModule(kept, attrs=module.attrs, global_infos=module.global_infos)
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0, name="effic.DropUnused")
+
+
+def called_functions(module: Any) -> dict[str, int]:
+    """How often each function is called from the module's Relax functions, dead calls left out."""
+    module = relax.transform.DeadCodeElimination()(module)
+    found: Counter[str] = Counter()
+
+    def count(call: Any) -> None:
+        if call.op == ir.Op.get("relax.call_tir") and isinstance(call.args[0], ir.GlobalVar):
+            found[call.args[0].name_hint] += 1
+
+    for _, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            tvm_ffi.structural_walk(function.body, (relax.Call, count))
+    return dict(found)
 
 
 def _is_scheduled(function: Any) -> bool:
@@ -140,12 +153,11 @@ def _finish(target: Any) -> list[Any]:
 
 
 def _under(target: Any, steps: list[Any], name: str) -> Any:
-    @tvm.transform.module_pass(opt_level=0, name=name)
     def run(module: Any, _context: Any) -> Any:
         with target:
             return tvm.transform.Sequential(steps)(module)
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0, name=name)
 
 
 def compile_module(module: Any, cpu: Cpu) -> tuple[Any, dict[str, str]]:

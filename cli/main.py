@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "reproduce": ("effic.cli.reproduce:reproduce", "Build a model again from its record, and compare."),
     "report": ("effic.cli.report:report", "Show what was done to a model, as one HTML file."),
+    "tune": ("effic.cli.tune:tune", "Measure how a model's kernels are best made on this machine."),
     "bench": ("effic.cli.bench:bench", "Time a model, or one against another."),
     "capture": ("effic.cli.capture:capture", "Turn a torch module into an ONNX file (runs your code)."),
     "extract-lora": ("effic.cli.extract_lora:extract_lora", "What fine-tuning changed, as a LoRA adapter."),

@@ -15,8 +15,8 @@ a reader asks for it, see :mod:`effic.backends.tvm.layout`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -58,6 +58,9 @@ class Shared:
     """What the functions of all buckets have in common: parameters and kernels.
 
     Attributes:
+SomeSpec = TypeVar("SomeSpec", bound=KernelSpec)
+
+
         arrays: parameters by the name they are stored under, C-contiguous. A weight that is stored as
             it is stays in its file (a memory map) until somebody reads it.
         kernels: functions of kernels in the module, by name of their spec.
@@ -105,7 +108,7 @@ class Lowering:
         bb: the ``relax.BlockBuilder``, inside a dataflow block of the function.
         cpu: what kernels are made for; None for a GPU.
         opset: version of the standard operators.
-        options: options of the target that converters may heed (``activations``), by name.
+        options: options of the target that converters may heed (``activations``, ``tuned``), by name.
         shared: parameters and kernels of all functions of the module.
         called: names of the kernels called so far, in order.
         variables: the parameters that this function takes, by name, in the order of its arguments.
@@ -353,6 +356,14 @@ def shape_of(expression: Any) -> tuple[Any, ...]:
     shape = getattr(expression.ty, "shape", None)
     if shape is None or not isinstance(shape, relax.ShapeExpr):
         raise UnsupportedError(
+    def tuned(self, spec: SomeSpec) -> SomeSpec:
+        """The spec in the tile that was measured to be the best, where the target has records of tuning."""
+        records = self.options.get("tuned")
+        if records is None or self.cpu is None:
+            return spec
+        found: SomeSpec = records.apply(spec, self.cpu)
+        return found
+
             "a shape depends on the values of the inputs, which kernels cannot be made for"
         )
     return tuple(int(d) if isinstance(d, tirx.IntImm) else d for d in shape.values)

@@ -112,8 +112,13 @@ class Signature:
 
 
 def build_relax(
-    model: Model, cpu: Cpu | None, shapes: str = "", options: Mapping[str, Any] | None = None
-) -> tuple[Any, dict[str, np.ndarray], Signature]:
+    model: Model,
+    cpu: Cpu | None,
+    shapes: str = "",
+    options: Mapping[str, Any] | None = None,
+    *,
+    weights: bool = True,
+) -> tuple[Any, Parameters, Signature]:
     """Lower a model to Relax.
 
     Args:
@@ -121,6 +126,7 @@ def build_relax(
         cpu: what kernels are made for; None leaves them out (for a GPU).
         shapes: the buckets, ``batch=1,seq=64;batch=8,seq=64``; see :func:`buckets_of`.
         options: options of the target that converters heed, by name (``activations``).
+        weights: False for a trial: no weight is packed, and there are no parameters.
 
     Returns:
         The ``tvm.IRModule``; the parameters by name, C-contiguous, weights that are stored as they are
@@ -130,7 +136,7 @@ def build_relax(
         UnsupportedError: nodes that cannot be lowered, named.
         UsageError: sizes of open dimensions are missing, or name none.
     """
-    bb, shared, buckets = relax.BlockBuilder(), Shared(), []
+    bb, shared, buckets = relax.BlockBuilder(), Shared(keep=weights), []
     # Once for all sizes: what does not depend on them is folded here, and shared.
     model = specialize(model, {})
     functions = []

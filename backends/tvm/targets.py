@@ -48,6 +48,7 @@ class TvmCpu(Backend):
         help="int8: activations of quantized weights rounded to 8 bits at every call (faster, less exact)",
     )
 
+    tuned: str = option("", help="folder of records of effic tune; kernels are made as was measured to be best")
     def cpu(self) -> Cpu:
         """The CPU that code is made for.
 
@@ -64,8 +65,17 @@ class TvmCpu(Backend):
 
     @property
     def converter_options(self) -> dict[str, Any]:
-        """The options that converters of operators heed."""
-        return {"activations": self.activations}
+        """The options that converters of operators heed.
+
+        Raises:
+            UsageError: ``tuned`` names no folder of records.
+        """
+        from effic.backends.tvm.tune_records import TunedKernels
+
+        return {
+            "activations": self.activations,
+            "tuned": TunedKernels(self.tuned) if self.tuned else None,
+        }
 
     def sizes(self, model: Model) -> dict[str, int]:
         from effic.backends.tvm.specialize import parse_shapes

@@ -212,7 +212,7 @@ class Conv2d:
         return (-(-self.filters // LANES), *self.window.out, LANES)
 
     @property
-    def _flat(self) -> Window:
+    def flat(self) -> Window:
         """The window as the loops see it: rows of a 1x1 kernel are joined into longer ones."""
         w = self.window
         if w.kernel != (1, 1) or w.strides != (1, 1) or any(w.pads):
@@ -229,7 +229,7 @@ class Conv2d:
         return self._tile(28)
 
     def _tile(self, vectors: int) -> tuple[int, int]:
-        blocks, columns = -(-self.filters // LANES), self._flat.out[1]
+        blocks, columns = -(-self.filters // LANES), self.flat.out[1]
         best, choice = math.inf, (1, 1)
         for r in range(1, 9):
             if blocks % r or (self.blocks is not None and r != self.blocks):
@@ -313,7 +313,7 @@ class Conv2d:
 
     def prim_func(self, cpu: Cpu) -> Any:
         """``(x, w, [bias[O / 16, 16]], [residual], y)``."""
-        r, flat = self.filter_blocks, self._flat
+        r, flat = self.filter_blocks, self.flat
         per_tile = max(1, registers(cpu, self.portable) // r)
         length = tiles(flat.out[1], min(per_tile, self.columns or per_tile))[0]
         size, (kh, kw) = self._window_size(r), self.window.kernel
@@ -359,7 +359,7 @@ class Conv2d:
 
     def _bands(self, count: int, wanted: int) -> int:
         """Parts of the rows: enough for the cores; more when the image is then read from L2 instead."""
-        height = self._flat.out[0]
+        height = self.flat.out[0]
         if self.bands is not None:
             return min(self.bands, height)
         image = 4 * math.prod(self.input_shape)

@@ -156,6 +156,7 @@ def _run(
         )
     else:
         spec = DepthwiseConv2d(spec.batch, spec.channels, spec.window, **more)
+    spec = lowering.tuned(spec)
     arguments = [x, *_weights(lowering, node, spec, tail)]
     if tail.residual is not None:
         arguments.append(lowering.blocked(tail.residual))

@@ -8,7 +8,7 @@ the kernel.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -285,10 +285,12 @@ def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linea
     k, n = (shape[1], shape[0]) if linear.transposed else shape
     tail.read(n, activations=True)
     identity = (id(tensor), linear.transposed, linear.alpha)
-    spec = DenseMatMul(rows[1], k, n, tail.bias is not None, tail.activation)
+    plain = DenseMatMul(rows[1], k, n, tail.bias is not None, tail.activation)
+    spec = lowering.tuned(plain)
     # Buckets share one packed weight: the first one's panels are the others' as well.
     panel = lowering.shared.choices.setdefault(("panel", *identity), spec.columns)
-    spec = DenseMatMul(rows[1], k, n, tail.bias is not None, tail.activation, panel=panel)
+    if panel != spec.columns:
+        spec = replace(plain, panel=panel)
     key = ("panels", *identity, tail.key if tail.bias is not None else ())
 
     def pack() -> list[np.ndarray]:
@@ -314,7 +316,7 @@ def _on_batches(lowering: Lowering, x: Any, right: ir.Value | None) -> Any | Non
         return None
     *lead, m, k = left_shape
     n = right_shape[-1]
-    spec = BatchMatMul(math.prod(lead), m, k, n)
+    spec = lowering.tuned(BatchMatMul(math.prod(lead), m, k, n))
     if spec.why_not() is not None:
         return None
     three = [(spec.batch, m, k), (spec.batch, k, n)]

@@ -1,0 +1,171 @@
+"""Times kernels beside each other, in the process that calls it.
+
+Candidates of one kernel run in turns, so that whatever else the machine does meanwhile hits all alike; what counts
+is the median of the ratios of neighbours. Activations are the same at every run and so in the cache, as the operator
+before would have left them. Weights are read in turn from as many copies as make up the weights of the model: in
+the model, too, the others pass through the cache before a weight is read again.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import tvm
+
+from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.kernels.conv import Conv2d
+from effic.backends.tvm.kernels.conv_depthwise import DepthwiseConv2d
+from effic.backends.tvm.kernels.dense import DenseMatMul
+from effic.backends.tvm.schedule.pipeline import wide_target
+
+SAMPLE_SECONDS = 1e-3
+"""One figure covers at least this long, so that the clock and the call do not show in it."""
+
+_MOST_CALLS, _MOST_COPIES = 400, 64
+_MOST_BYTES = 1 << 26
+"""Copies of one weight take up to so much: twice a large cache."""
+
+_TOLERANCE = 1e-4
+"""Share of the largest output by which tiles may differ: they add in another order."""
+
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)
+"""What TVM raises for a kernel that it cannot compile."""
+
+
+class Ratio(NamedTuple):
+    """How many times as fast one kernel is as another: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass
+class Ready:
+    """A compiled kernel with its arguments.
+
+    Attributes:
+        call: runs it once, with the next copy of its weight.
+        output: what it computed.
+        clock: seconds; of this thread alone where no other takes part, which leaves out what else the machine does.
+    """
+
+    call: Callable[[], None]
+    output: np.ndarray
+    clock: Callable[[], float]
+
+
+def raw_weights(spec: Any, seed: int = 0) -> list[np.ndarray]:
+    """Seeded weights as a model has them, to pack; none where both operands are activations."""
+    rng = np.random.default_rng(seed)
+    if isinstance(spec, DenseMatMul):
+        shapes, outputs = [(spec.k, spec.n)], spec.n
+    elif isinstance(spec, Conv2d):
+        shapes = [(spec.filters, spec.channels // spec.groups, *spec.window.kernel)]
+        outputs = spec.filters
+    elif isinstance(spec, DepthwiseConv2d):
+        shapes, outputs = [(spec.channels, 1, *spec.window.kernel)], spec.channels
+    else:
+        return []
+    found = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    return [*found, rng.standard_normal(outputs, np.float32)] if spec.bias else found
+
+
+def weight_bytes(spec: Any) -> int:
+    """Bytes of a kernel's weights as a model has them."""
+    if isinstance(spec, DenseMatMul):
+        return 4 * spec.k * spec.n
+    if isinstance(spec, Conv2d):
+        return 4 * spec.filters * spec.channels // spec.groups * math.prod(spec.window.kernel)
+    if isinstance(spec, DepthwiseConv2d):
+        return 4 * spec.channels * math.prod(spec.window.kernel)
+    return 0
+
+
+def prepare(spec: Any, cpu: Cpu, footprint: int) -> Ready:
+    """Compile a kernel and make its arguments.
+
+    Args:
+        spec: of sizes that are all known.
+        cpu: this machine's.
+        footprint: bytes of weights that pass through the cache between two reads of the same weight.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, AssertionError: it cannot be compiled.
+    """
+    function, weights = spec.prim_func(cpu), raw_weights(spec)
+    shapes = [tuple(int(d) for d in parameter.shape) for parameter in function.params]
+    run = tvm.compile(function, wide_target(cpu))[spec.name]
+    packed = spec.pack(*weights) if weights else []
+    rng = np.random.default_rng(1)
+    others = [
+        rng.standard_normal(shape, np.float32) for shape in (shapes[0], *shapes[1 + len(packed) : -1])
+    ]
+    output = tvm.runtime.empty(shapes[-1], "float32")
+    x, *rest = [tvm.runtime.tensor(array) for array in others]
+    size = max(1, sum(array.nbytes for array in packed))
+    copies = min(_MOST_COPIES, max(1, min(footprint, _MOST_BYTES) // size)) if packed else 1
+    arguments = [
+        (x, *(tvm.runtime.tensor(array) for array in packed), *rest, output) for _ in range(copies)
+    ]
+    turn = 0
+
+    def call() -> None:
+        nonlocal turn
+        run(*arguments[turn])
+        turn = (turn + 1) % copies
+
+    call()
+    return Ready(call, output.numpy(), time.thread_time if cpu.cores == 1 else time.perf_counter)
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two kernels computed the same, but for the order of additions."""
+    largest = float(np.abs(one).max())
+    return bool(np.isfinite(other).all()) and float(np.abs(one - other).max()) <= _TOLERANCE * largest
+
+
+def seconds(kernel: Ready, turns: int) -> float:
+    """The median time of a call."""
+    calls = _calls(kernel)
+    return statistics.median(_timed(kernel, calls) for _ in range(turns))
+
+
+def beside(kernels: Sequence[Ready], turns: int) -> list[Ratio]:
+    """How many times as fast each kernel is as the first one.
+
+    Each has ``turns`` turns; who goes first changes from turn to turn.
+    """
+    calls = [_calls(kernel) for kernel in kernels]
+    taken: list[list[float]] = [[] for _ in kernels]
+    for turn in range(turns):
+        for step in range(len(kernels)):
+            at = (turn + step) % len(kernels)
+            taken[at].append(_timed(kernels[at], calls[at]))
+    found = []
+    for mine in taken:
+        ratios = [first / other for first, other in zip(taken[0], mine, strict=True)]
+        low, median, high = (
+            statistics.quantiles(ratios, n=4, method="inclusive") if turns > 1 else ratios * 3
+        )
+        found.append(Ratio(median, low, high))
+    return found
+
+
+def _calls(kernel: Ready) -> int:
+    once = min(_timed(kernel, 1) for _ in range(3))
+    return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-7))))
+
+
+def _timed(kernel: Ready, calls: int) -> float:
+    call, clock = kernel.call, kernel.clock
+    began = clock()
+    for _ in range(calls):
+        call()
+    return (clock() - began) / calls

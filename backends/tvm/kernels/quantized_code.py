@@ -530,7 +530,7 @@ class QuantizedCode:
             column = T.bitwise_and(place, T.int32(COLUMNS - 1)) - start * LANES
             with T.If(T.And(column >= 0, column < PANEL * LANES)), T.Then():
                 k = T.shift_right(place, T.int32(7)) - segment * spec.segment + at * spec.segment
-                value = decoded[k, column] + self.shares[self.begins[index] + i]
+                value = decoded[k, column] + self.shares[self.begins[part] + i]
                 T.buffer_store(decoded, value, [k, column])
 
     def dense_tile(self, decoded: Any, sums: Any, first: Any, rows: int, k: Any, length: int) -> None:

@@ -321,7 +321,10 @@ class SparseMatMul(QuantizedMatMul):
 
 
 def _joined(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Small numbers ``[slots, 128]`` as words int32 ``[slots · bits / 32, 8, 16]``: slot s is field s // 4 of byte s % 4."""
+    """Small numbers ``[slots, 128]`` as words int32 ``[slots · bits / 32, 8, 16]``.
+
+    Slot s is field s // 4 of byte s % 4.
+    """
     fields = 8 // bits
     split = numbers.reshape(-1, fields, 4, CHUNKS, LANES)
     joined = split[:, 0].copy()

@@ -26,6 +26,7 @@ TARGETS: dict[str, str] = {
     "ort-cpu": "effic.backends.ort.targets:OrtCpu",
     # compiled by TVM, with effic's own kernels
     "tvm-cpu": "effic.backends.tvm.targets:TvmCpu",
+    "tvm-cuda": "effic.backends.tvm.targets:TvmCuda",
 }
 
 DEFAULT_TARGET = "ort-cpu"

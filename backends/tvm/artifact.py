@@ -53,13 +53,18 @@ class TvmArtifact(Artifact):
     """
 
     def __init__(
-        self, path: str, threads: int, manifest: Manifest, entries: list[tuple[Bucket, Any, list[Any]]]
+        self,
+        path: str,
+        threads: int,
+        manifest: Manifest,
+        entries: list[tuple[Bucket, Any, list[Any]]],
+        device: Any,
     ) -> None:
-        self.path, self.threads, self.manifest = path, threads, manifest
+        self.path, self.threads, self.manifest, self._device = path, threads, manifest, device
         self.inputs = [port.name for port in manifest.inputs]
         self.outputs = [port.name for port in manifest.outputs]
         self._entries = entries
-        self._tvm = import_tvm("running an artifact of tvm-cpu")
+        self._tvm = import_tvm("running an artifact of TVM")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int = 1) -> TvmArtifact:
@@ -73,8 +78,9 @@ class TvmArtifact(Artifact):
 
         Raises:
             UsageError: no such folder, or no sensible number of threads.
-            InvalidModelError: it is broken, or is for another CPU.
+            InvalidModelError: it is broken, or is for another CPU or GPU.
             MissingExtraError: apache-tvm is not installed.
+            NotMeasuredError: it is for a GPU, and there is none.
         """
         name = os.fspath(path)
         if threads < 1:
@@ -87,22 +93,23 @@ class TvmArtifact(Artifact):
             )
         _same_library(name, manifest)
         _reserve(threads)
-        tvm = import_tvm("running an artifact of tvm-cpu")
+        tvm = import_tvm(f"running an artifact of tvm-{manifest.device}")
         from tvm.runtime.vm import VirtualMachine
 
+        device = tvm.cpu() if manifest.device == "cpu" else _gpu(name, manifest, tvm)
         try:
             machine = VirtualMachine(
-                tvm.runtime.load_module(os.path.join(os.path.abspath(name), LIBRARY)), tvm.cpu()
+                tvm.runtime.load_module(os.path.join(os.path.abspath(name), LIBRARY)), device
             )
             functions = [machine[bucket.entry] for bucket in manifest.buckets]
         except (RuntimeError, ValueError, AttributeError, OSError) as error:
             raise InvalidModelError(f"TVM cannot load {name}: {_first_line(error)}") from error
-        parameters = _parameters(name, manifest, tvm)
+        parameters = _parameters(name, manifest, tvm, device)
         entries = [
             (bucket, function, [parameters[key] for key in bucket.parameters])
             for bucket, function in zip(manifest.buckets, functions, strict=True)
         ]
-        return cls(name, threads, manifest, entries)
+        return cls(name, threads, manifest, entries, device)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Copy the folder to another place.
@@ -193,7 +200,7 @@ class TvmArtifact(Artifact):
         runtime = self._tvm.runtime
         self._set_threads()
         try:
-            found = function(*map(runtime.tensor, feeds), *parameters)
+            found = function(*(runtime.tensor(feed, self._device) for feed in feeds), *parameters)
             results = [found] if isinstance(found, runtime.Tensor) else list(found)
             return [result.numpy() for result in results]
         except (RuntimeError, ValueError, TypeError) as error:
@@ -252,7 +259,28 @@ def _same_library(folder: str, manifest: Manifest) -> None:
         )
 
 
-def _parameters(folder: str, manifest: Manifest, tvm: ModuleType) -> dict[str, Any]:
+def _gpu(folder: str, manifest: Manifest, tvm: ModuleType) -> Any:
+    """The GPU that an artifact runs on: the first.
+
+    Raises:
+        NotMeasuredError: there is none.
+        InvalidModelError: it is of another kind.
+    """
+    from effic.backends.tvm.cuda import Gpu
+
+    device = tvm.cuda(0)
+    if not device.exist:
+        raise NotMeasuredError(
+            f"the artifact {folder} is for a GPU ({manifest.mcpu}), and this machine has none that CUDA knows; run it "
+            "where one is, or build the model for tvm-cpu"
+        )
+    major, _, minor = str(device.compute_version).partition(".")
+    if (reason := Gpu(manifest.mcpu).why_not_on((int(major), int(minor)))) is not None:
+        raise InvalidModelError(f"the artifact {folder} {reason}; build it with arch=sm_{major}{minor}")
+    return device
+
+
+def _parameters(folder: str, manifest: Manifest, tvm: ModuleType, device: Any) -> dict[str, Any]:
     """The weights, each copied from the file's map to memory aligned as kernels want it."""
     wanted = {name for bucket in manifest.buckets for name in bucket.parameters}
     if not wanted:
@@ -268,7 +296,7 @@ def _parameters(folder: str, manifest: Manifest, tvm: ModuleType) -> dict[str, A
         raise InvalidModelError(f"{path} lacks the tensor {lacking[0]!r:.200} that the manifest names")
     found = {}
     for name in sorted(wanted):
-        found[name] = tvm.runtime.tensor(np.ascontiguousarray(file.tensors[name]))
+        found[name] = tvm.runtime.tensor(np.ascontiguousarray(file.tensors[name]), device)
         file.map.drop_pages()
     return found
 

@@ -35,7 +35,7 @@ from effic.passes.base import Remark, Remarks
 if TYPE_CHECKING:
     from effic.backends.tvm.cpu import Cpu
     from effic.backends.tvm.relax_builder import Signature
-    from effic.backends.tvm.targets import TvmCpu
+    from effic.backends.tvm.targets import TvmCpu, TvmCuda
 
 _MODEL, _INPUTS, _OUTPUTS = "model.onnx", "inputs.npz", "outputs.npz"
 # Beside the file, so that the child maps the weights instead of reading them.
@@ -44,13 +44,14 @@ _STAGES = 6
 
 
 def build(
-    backend: TvmCpu,
+    backend: TvmCpu | TvmCuda,
     model: Model,
     path: str,
     inputs: Mapping[str, np.ndarray] | None,
     tell: Tell | None = None,
+    function: str = "effic.backends.tvm.build:build_in_child",
 ) -> Built:
-    """Compile ``model`` into the folder ``path``; see :meth:`TvmCpu.build`."""
+    """Compile ``model`` into the folder ``path``; see :meth:`TvmCpu.build`. ``function`` is the child's side."""
     began = time.perf_counter()
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="effic-tvm-") as scratch:
@@ -66,7 +67,7 @@ def build(
             "scratch": scratch,
             "inputs": names if inputs is not None else None,
         }
-        result = run_in_child("the build", "effic.backends.tvm.build:build_in_child", request, scratch, tell)
+        result = run_in_child("the build", function, request, scratch, tell)
         outputs = None
         if inputs is not None:
             arrays = _load(os.path.join(scratch, _OUTPUTS))
@@ -178,7 +179,7 @@ def _remarks(signature: Signature, naive: Mapping[str, str]) -> list[Remark]:
 
 
 def _manifest(
-    folder: str, model: Model, backend: TvmCpu, cpu: Cpu, signature: Signature, source: str | None
+    folder: str, model: Model, backend: TvmCpu | TvmCuda, cpu: Cpu, signature: Signature, source: str | None
 ) -> Manifest:
     from tvm.target import codegen
 

@@ -23,6 +23,7 @@ MANIFEST, LIBRARY, PARAMETERS = "manifest.json", "model.so", "params.safetensors
 # The record of a build is the largest part; ten thousand passes would fit.
 _MOST_BYTES = 16 << 20
 _MOST_ENTRIES = 1 << 20
+_DEVICES, _VERIFIED = frozenset(["cpu", "cuda"]), frozenset(["built", "compiled", "run"])
 _DTYPES = frozenset(
     ["bool", "float16", "float32", "float64"]
     + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -80,7 +81,7 @@ class Manifest:
     Attributes:
         target: text form of the effic target it was built for.
         triple: LLVM's name of the system, ``x86_64-…``.
-        mcpu: LLVM's name of the CPU.
+        mcpu: LLVM's name of the CPU; of a GPU, CUDA's name of its architecture.
         features: instruction sets that the code may use, by LLVM's names.
         cores: how many threads the code was laid out for; it runs with any number.
         library: bytes and sha256 of the library.
@@ -90,6 +91,9 @@ class Manifest:
         versions: of effic, apache-tvm and apache-tvm-ffi.
         source: sha256 of the model's file, or None for a model from memory.
         build: the record of the build, see :mod:`effic.record`, or None.
+        device: ``cpu`` or ``cuda``: what it runs on.
+        verified: for a GPU, how far: ``built`` (CUDA source that no compiler has seen), ``compiled`` (by nvcc), or
+            ``run``.
     """
 
     target: str
@@ -105,6 +109,12 @@ class Manifest:
     versions: dict[str, str]
     source: str | None = None
     build: dict[str, Any] | None = None
+    device: str = "cpu"
+    verified: str = "run"
+
+    def for_gpu(self, arch: str, verified: str) -> Manifest:
+        """The same for a GPU of this architecture, verified so far."""
+        return dataclasses.replace(self, device="cuda", mcpu=arch, features=(), cores=1, verified=verified)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, as it is in the file."""
@@ -193,6 +203,9 @@ class _Reader:
             versions=_table(get("versions"), "versions", str),
             source=None if source is None else _text(source, "source"),
             build=build,
+            # Older builds, all for a CPU, do not say.
+            device=_word(get("device", "cpu"), "device", _DEVICES),
+            verified=_word(get("verified", "run"), "verified", _VERIFIED),
         )
 
 
@@ -205,6 +218,12 @@ def _list(found: Any, where: str, least: int = 0) -> list[Any]:
 def _text(found: Any, where: str) -> str:
     if not isinstance(found, str) or not found:
         raise _Malformed(f"'{where}' is no text")
+    return found
+
+
+def _word(found: Any, where: str, known: frozenset[str]) -> str:
+    if not isinstance(found, str) or found not in known:
+        raise _Malformed(f"'{where}' is none of {', '.join(sorted(known))}")
     return found
 
 

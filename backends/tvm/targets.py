@@ -17,6 +17,7 @@ from effic.passes.base import Remarks, option
 
 if TYPE_CHECKING:
     from effic.backends.tvm.cpu import Cpu
+    from effic.backends.tvm.cuda import Gpu
     from effic.backends.tvm.survey import Survey
 
 
@@ -129,6 +130,102 @@ class TvmCpu(Backend):
         """
         import_tvm(f"the target {self.name}")
         from effic.backends.tvm.build import build
+
+        return build(self, model, os.fspath(path), inputs, tell)
+
+    def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> TvmArtifact:
+        if not os.path.isdir(path):
+            raise UsageError(f"{os.fspath(path)} is no folder; {self.name} builds folders")
+        return TvmArtifact.load(path, threads=threads)
+
+
+@dataclass(frozen=True)
+class TvmCuda(Backend):
+    """TVM on an NVIDIA GPU, unverified until it is run on one: a compiled library with effic's own kernels.
+
+    The output is a folder with code for one architecture of GPUs and fixed input shapes. Weights in 2 to 8 bits,
+    per-input-channel groups and 2:4 patterns stay as small in memory as in the file; other operators are scheduled
+    by TVM's rules. It builds on a machine without a GPU, where nvcc compiles it; checking it takes a GPU.
+    """
+
+    name: ClassVar[str] = "tvm-cuda"
+    is_folder: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("apache-tvm", "apache-tvm-ffi")
+
+    arch: str = option(
+        "sm_90", help="the GPU's architecture: sm_80 (A100), sm_89 (L4, RTX 40), sm_90 (H100, H200)"
+    )
+    shapes: str = option("", help="sizes of dynamic dimensions, as for tvm-cpu")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gpu()
+
+    def gpu(self) -> Gpu:
+        """The kind of GPU that code is made for.
+
+        Raises:
+            UsageError: there is no such architecture, or it is too old.
+        """
+        from effic.backends.tvm.cuda import Gpu
+
+        return Gpu(self.arch)
+
+    @property
+    def converter_options(self) -> dict[str, Any]:
+        """The options that converters of operators heed."""
+        return {"arch": self.arch}
+
+    def sizes(self, model: Model) -> dict[str, int]:
+        from effic.backends.tvm.specialize import parse_shapes
+
+        buckets = parse_shapes(self.shapes)
+        return buckets[0] if buckets else {}
+
+    def lower(self, model: Model, remarks: Remarks) -> Model:
+        """Refuse what cannot be compiled; what each node becomes is decided when it is built.
+
+        Raises:
+            UnsupportedError: operators that cannot be lowered, by node and with the reason.
+            UsageError: dynamic dimensions without a size.
+        """
+        import_tvm(f"the target {self.name}")
+        from effic.backends.tvm.coverage import coverage
+        from effic.backends.tvm.relax_builder import buckets_of, refuse_uncovered
+
+        refuse_uncovered(coverage(model, None, self.shapes, self.converter_options))
+        buckets_of(model, None, self.shapes, self.converter_options)
+        return model
+
+    def survey(self, model: Model) -> Survey:
+        """How each operator of a model would be run, and what cannot be; nothing is compiled."""
+        import_tvm(f"the target {self.name}")
+        from effic.backends.tvm.survey import survey
+
+        return survey(model, self.text, None, self.shapes, self.converter_options)
+
+    def build(
+        self,
+        model: Model,
+        path: str | os.PathLike[str],
+        *,
+        inputs: Mapping[str, np.ndarray] | None = None,
+        tell: Tell | None = None,
+    ) -> Built:
+        """Compile a model in a child process.
+
+        Args:
+            model, path, tell: see :meth:`TvmCpu.build`.
+            inputs: what to run the artifact on, which takes a GPU.
+
+        Raises:
+            UnsupportedError: operators that cannot be lowered, or nvcc refuses the source.
+            MissingExtraError: apache-tvm is not installed.
+            MissingToolError: there is no C++ compiler to link with.
+            NotMeasuredError: ``inputs`` are given and no GPU is here, or the build crashed.
+        """
+        import_tvm(f"the target {self.name}")
+        from effic.backends.tvm.cuda_build import build
 
         return build(self, model, os.fspath(path), inputs, tell)
 

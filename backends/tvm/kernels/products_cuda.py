@@ -105,7 +105,9 @@ class Weight(abc.ABC):
         """
 
 
-def product_function(name: str, m: int, k: int, n: int, dtype: str, bias: bool, weight: Weight, serial: bool) -> Any:
+def product_function(
+    name: str, m: int, k: int, n: int, dtype: str, bias: bool, weight: Weight, serial: bool
+) -> Any:
     """The function ``(x[M, K], *weight, [bias[N]], y[M, N])``.
 
     Args:

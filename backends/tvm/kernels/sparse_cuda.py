@@ -92,7 +92,9 @@ class CudaSparseMatMul:
                 f"a bias of {given} is given, the function takes {[self.n] if self.bias else 'none'}"
             )
         if not is_two_of_four(weight):
-            raise UsageError("the weight is not 2:4: four consecutive input channels have more than two weights")
+            raise UsageError(
+                "the weight is not 2:4: four consecutive input channels have more than two weights"
+            )
         padded = np.zeros((self.n, self.padded_k), self.dtype)
         padded[:, : self.k] = weight.T
         groups = padded.reshape(self.n, -1, GROUP)

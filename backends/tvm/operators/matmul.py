@@ -55,6 +55,14 @@ def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
             if result is not None:
                 lowering.set(node.outputs[0], result)
                 return
+    elif "arch" in lowering.options and not turned:
+        from effic.backends.tvm.operators.matmul_cuda import product_on_gpu
+
+        tail = _Tail(lowering, node, linear)
+        result = product_on_gpu(lowering, x, right, linear, tail)
+        if result is not None:
+            lowering.set(tail.output, result)
+            return
     lowering.set(node.outputs[0], _plain(lowering, node, x, linear, turned))
 
 

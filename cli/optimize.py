@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -155,6 +154,7 @@ def optimize(
       effic optimize model.onnx --preset int4 --plan
     """
     from effic.ir.errors import UsageError
+    from effic.ir.whole_files import write_whole
     from effic.optimize import optimize as run
 
     if output is None and not plan and (force or external_data is not None):
@@ -193,7 +193,7 @@ def optimize(
         show_plan(model, options, as_json=as_json, quiet=quiet, **more)
         return
     _known(print_after, options["passes"])
-    _writable(report_file, "report", model, output)
+    _writable(report_file, model, output, html)
     _folder(dump_dir)
     _html(html, output, model, dry_run, force)
     with console.progress(quiet or as_json) as bar:
@@ -217,12 +217,13 @@ def optimize(
             progress=advance,
             **options,
         )
-    if report_file is not None:
-        _write_whole(Path(report_file), json.dumps(console.plain(report.to_dict()), indent=1))
-    if html is not None:
-        from effic.report import report_run
+        if report_file is not None:
+            write_whole(report_file, json.dumps(console.plain(report.to_dict()), indent=1).encode())
+        if html is not None:
+            from effic.report import report_run
 
-        page = report_run(report, html, force=True)  # what it may write over was settled before the work
+            # What it may write over was settled before the work.
+            page = report_run(report, html, force=True, progress=advance)
     if as_json:
         console.print_json(report.to_dict())
     elif not quiet:
@@ -284,24 +285,16 @@ def _known(print_after: tuple[str, ...], passes: list[Pass]) -> None:
             )
 
 
-def _writable(path: str | None, what: str, *models: str | None) -> None:
-    """Refuse a path before the work is done, above all one that would replace a model."""
+def _writable(path: str | None, model: str, output: str | None, html: str | None) -> None:
+    """Refuse a path for the figures before the work is done, above all one that would replace a model."""
     from effic.ir.errors import UsageError
+    from effic.record import refuse_report
 
     if path is None:
         return
-    if Path(path).is_dir():
-        raise UsageError(f"the {what} {path} is a folder; name a file in it")
-    if not Path(path).parent.is_dir():
-        raise UsageError(f"the folder {Path(path).parent} for the {what} does not exist; make it first")
-    if not os.access(Path(path).parent, os.W_OK):
-        raise UsageError(f"the folder {Path(path).parent} for the {what} cannot be written; name another")
-    for model in models:
-        if model is not None and Path(path).resolve() in (
-            Path(model).resolve(),
-            Path(f"{model}.data").resolve(),
-        ):
-            raise UsageError(f"the {what} {path} would replace a model's file; name another file")
+    refuse_report(path, "report", [model, *([] if output is None else [output])])
+    if html is not None and Path(path).resolve() == Path(html).resolve():
+        raise UsageError(f"--report and --html both name {path}; name two files")
 
 
 def _folder(dump_dir: str | None) -> None:
@@ -322,16 +315,6 @@ def _html(html: str | None, output: str | None, model: str, dry_run: bool, force
     from effic.report.job import check_html
 
     check_html(html, model, output, force=force)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write all of a file or nothing of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _after_pass(print_after: tuple[str, ...], dump_dir: str | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,7 +57,7 @@ def report(
     wanted = accuracy(scoring)
     if threads is not None and not timed:
         raise UsageError("--threads does nothing without --time; leave it out")
-    path = html if html is not None else str(Path(outputs[0]).with_suffix(".html"))
+    path = html if html is not None else f"{outputs[0].removesuffix('.onnx')}.html"
     with console.progress(quiet or as_json) as bar:
         task = None if bar is None else bar.add_task("reading", total=None)
 

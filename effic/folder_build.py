@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from effic.ir.errors import CheckFailedError, UsageError
 from effic.ir.evaluate import Distance, Oracle, compare_outputs, rounding_tolerance, seeded_inputs
 from effic.ir.model import Model
 from effic.ir.tensors import Scratch
+from effic.ir.whole_files import Before
 from effic.ir.whole_folder import WholeFolder, why_not_replace
 from effic.passes.base import Numerics
 from effic.passes.pipeline import Step, judge
@@ -85,7 +86,7 @@ class FolderBuild:
         build: Mapping[str, Any] | None,
         *,
         force: bool = False,
-        before: Callable[[], None] | None = None,
+        before: Before | None = None,
     ) -> int:
         """Give the folder its name; its size in bytes.
 
@@ -93,7 +94,7 @@ class FolderBuild:
             output: the name.
             build: the record to put into the manifest, or None.
             force: replace an older artifact.
-            before: called before the older one goes.
+            before: called with its name and stamp before the older one goes.
         """
         if build is not None:
             manifest = read_manifest(self._folder.path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effic.ir.errors import UsageError
+from effic.ir.whole_files import write_whole
 from effic.measure import Measurement, measure_all
 
 if TYPE_CHECKING:
@@ -231,9 +231,4 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
         models.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(parts) + "\n  }")
     head = f'{{\n "effic_baseline": {BASELINE_VERSION},\n "headroom": {json.dumps(baseline.headroom)},\n'
     text = f'{head} "models": {{\n' + ",\n".join(models) + "\n }\n}\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text.encode())

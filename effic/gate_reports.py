@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from xml.etree import ElementTree
 
 from effic.gate_config import relative_to_here
 from effic.gate_verdicts import WORDS, GateReport, Mover, Verdict, exact, headline
+from effic.ir.whole_files import write_whole
 
 _MARKS = {"ok": "✅ kept", "broken": "❌ broken", "error": "❌ failed", "unmeasured": "❌ not measured"}
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -142,13 +142,7 @@ def write_report(path: str, text: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
         return
-    whole = Path(path)
-    temporary = whole.with_name(f".{whole.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(whole)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text.encode())
 
 
 def _by_model(report: GateReport) -> Iterator[tuple[str, list[Verdict]]]:

@@ -23,6 +23,7 @@ from effic.ir.memory import peak_memory, reset_peak_memory
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
 from effic.ir.verify import verify
+from effic.ir.whole_files import Stamp, why_no_file
 from effic.measure import external_files, file_bytes
 from effic.passes.base import CalibratedPass, Numerics, Pass, Remarks
 from effic.passes.calibration import SAMPLES, Calibration
@@ -313,10 +314,10 @@ def optimize(
             sizes[0] = total
             _tell(progress, f"saving, {100 * done // max(total, 1)} %", steps_in_all, steps_in_all)
 
-        def forget() -> None:
+        def forget(files: Mapping[str, Stamp]) -> None:
             stale.unlink(missing_ok=True)
             if unfinished is not None:
-                unfinished.saving()
+                unfinished.saving(files)
 
         if folder is None:
             model.save(output, force=force, external=external, progress=saved, before_commit=forget)
@@ -493,6 +494,8 @@ def _refuse_early(output: str | os.PathLike[str], force: bool, folder_wanted: bo
         raise UsageError(f"the folder {folder} for the output does not exist; make it first")
     if os.path.isdir(path) and not folder_wanted:
         raise UsageError(f"the output {path} is a folder; name a file in it")
+    if not folder_wanted and why_no_file(path):
+        raise UsageError(f"the output {path} is a device, and no file; leave it out to write nothing")
     if os.path.exists(path) and not force:
         raise UsageError(f"the output {path} exists; give --force to write over it")
 

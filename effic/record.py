@@ -24,7 +24,7 @@ from effic import passes as all_passes
 from effic.bench import machine
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
-from effic.ir.whole_files import write_whole
+from effic.ir.whole_files import why_no_file, write_whole
 from effic.passes.pipeline import Step
 from effic.passes.plugins import plugin_packages
 
@@ -107,6 +107,32 @@ def record_path(output: str | os.PathLike[str]) -> Path:
     """Where the record of an output lies: ``out.effic.json`` beside ``out.onnx``."""
     path = Path(output)
     return path.with_name(path.name.removesuffix(".onnx") + SUFFIX)
+
+
+def refuse_report(path: str | os.PathLike[str], what: str, models: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse a file for people that cannot be written, or would replace a model's, before the work is done.
+
+    Args:
+        path: where it is to lie.
+        what: it is, a noun.
+        models: whose files and records are not to be replaced.
+
+    Raises:
+        UsageError: one sentence.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"the {what} {path} is a folder; name a file in it")
+    if why_no_file(path):
+        raise UsageError(f"the {what} {path} is a device, and no file; name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} for the {what} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"the folder {path.parent} for the {what} cannot be written; name another")
+    for model in models:
+        own = (Path(model), Path(f"{os.fspath(model)}.data"), record_path(model))
+        if path.resolve() in {file.resolve() for file in own}:
+            raise UsageError(f"the {what} {path} would replace a model's file; name another file")
 
 
 def versions(passes: Sequence[str] = (), target: str = "") -> dict[str, str]:

@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import stat
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from effic.ir.cost import weight_bytes
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.safetensors_format import DTYPES
-from effic.ir.whole_files import write_whole
+from effic.ir.whole_files import Stamp, stamp, write_whole
 from effic.passes.base import Pass, options_of
 from effic.passes.finished import SUFFIX, FinishedSites, Store
 from effic.passes.pipeline import Checker, Instead, Keep, Step
@@ -59,9 +60,11 @@ def progress_folder(output: str | os.PathLike[str]) -> Path:
 
 
 def was_saving(output: str | os.PathLike[str] | None) -> bool:
-    """Whether a run was killed while its files took their names: what has the output's name is then its own,
-    or what that run was allowed to replace."""
-    return output is not None and (progress_folder(output) / _SAVING).is_file()
+    """Whether a run was killed while its files took their names, and what has the output's name is its own,
+    or what that run was allowed to replace. What somebody has put there since is neither."""
+    if output is None:
+        return False
+    return stamp(output) in _read_saving(progress_folder(output)).get(Path(output).name, [])
 
 
 def refuse(source: Any, output: Any, keep_if_faster: bool) -> None:
@@ -155,6 +158,7 @@ class Unfinished:
             self._open(run)
         except OSError as error:
             raise UsageError(f"cannot use {self.folder}: {error.strerror or error}") from error
+        self._remove_leftover(Path(output))
         self._sites: FinishedSites | None = None
         self._all: list[Store] = []
         self._checks = self._store("check")
@@ -295,9 +299,27 @@ class Unfinished:
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def saving(self) -> None:
-        """Note that the output's files are about to take their names; see :func:`was_saving`."""
-        write_whole(self.folder / _SAVING, b"")
+    def saving(self, files: Mapping[str, Stamp]) -> None:
+        """Note that the output's files are about to take their names; see :func:`was_saving`.
+
+        Args:
+            files: their names and stamps.
+        """
+        # What has a name now may be replaced: the run was allowed to, or would not have come so far.
+        row = {os.path.basename(path): [new, stamp(path)] for path, new in files.items()}
+        write_whole(self.folder / _SAVING, json.dumps(row).encode())
+
+    def _remove_leftover(self, output: Path) -> None:
+        """Remove the data of a run that was killed before the model that reads them took its name."""
+        noted = _read_saving(self.folder)
+        new = {name: stamps[0] for name, stamps in noted.items() if stamps}
+        if output.name not in new or stamp(output) == new[output.name]:
+            return
+        for name in new:
+            path = output.with_name(name)
+            if path != output and not path.is_dir() and stamp(path) == new[name]:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def remove(self) -> None:
         """Remove the folder: the output is whole. What somebody else put there stays."""
@@ -379,11 +401,38 @@ def _array_digest(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def _read_json(path: Path) -> Any:
+    """What a file of ours holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, RecursionError: it is no JSON, or none of ours.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > _MOST_RUN_BYTES:
+        raise ValueError("too large, or no file")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_saving(folder: Path) -> dict[str, list[Stamp]]:
+    """What :meth:`Unfinished.saving` noted: of each name the new file's stamp and the older one's."""
+    try:
+        row = _read_json(folder / _SAVING)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(row, dict) or not all(isinstance(each, list) for each in row.values()):
+        return {}
+    return {
+        # None is a name that was free, and would be as well a file that is gone: neither is to be replaced.
+        os.path.basename(name): [
+            (one[0], one[1]) for one in stamps if isinstance(one, list) and len(one) == 2
+        ]
+        for name, stamps in row.items()
+    }
+
+
 def _read_run(path: Path) -> Any:
     try:
-        if path.is_symlink() or path.stat().st_size > _MOST_RUN_BYTES:
-            raise ValueError("too large, or a link")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _read_json(path)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged; remove the folder {path.parent} to begin anew") from error
 
@@ -406,7 +455,9 @@ def _difference(was: Any, now: Mapping[str, Any]) -> str | None:
         old, new = was.get(key), now.get(key)
         if old == new:
             continue
-        if key == "versions" and isinstance(old, dict) and isinstance(new, dict):
+        if key == "versions":
+            if not isinstance(old, dict) or not isinstance(new, dict):
+                return "it was written by another version of effic"
             name = next(n for n in {**old, **new} if old.get(n) != new.get(n))
             return f"{name} was {old.get(name, 'missing')} and is {new.get(name, 'missing')}"
         if key == "passes" and isinstance(old, list) and isinstance(new, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from effic.guard import Accuracy
 from effic.ir.errors import MissingExtraError, UsageError
 from effic.ir.evaluate import load_inputs
 from effic.ir.model import Model
+from effic.ir.whole_files import write_whole
 from effic.optimize import load
 from effic.partial import literal, partial
 from effic.passes.base import Pass
@@ -100,16 +102,11 @@ class Sensitivity:
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """The rows as a table: ``site,max_rel,sqnr_db,score,worse,bytes_saved``."""
         names = [field.name for field in dataclasses.fields(SiteCost)]
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(names)
-                writer.writerows([getattr(row, name) for name in names] for row in self.rows)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(names)
+        writer.writerows([getattr(row, name) for name in names] for row in self.rows)
+        write_whole(path, text.getvalue().encode())
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """A bar for each of the costliest sites, as ``.png``, ``.svg`` or ``.pdf``.

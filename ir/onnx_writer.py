@@ -19,7 +19,7 @@ from effic.ir.mapped import MappedTensor
 from effic.ir.model import Model
 from effic.ir.protobuf_scan import field_header, skeleton
 from effic.ir.tensors import drop_pages
-from effic.ir.whole_files import WholeFiles
+from effic.ir.whole_files import Before, WholeFiles
 
 # Tensors smaller than this stay in the .onnx file when the rest is external: shapes, axes and scales
 # are read by shape inference, and a location costs about a hundred bytes itself.
@@ -45,7 +45,7 @@ def write_onnx(
     external: bool | None = None,
     external_threshold: int = 100 << 20,
     progress: Progress | None = None,
-    before_commit: Callable[[], None] | None = None,
+    before_commit: Before | None = None,
 ) -> None:
     """Write a model, one tensor in memory at a time, all or nothing.
 
@@ -63,7 +63,7 @@ def write_onnx(
         external: put weights into a data file; None decides by ``external_threshold``.
         external_threshold: bytes of weights above which they are external.
         progress: called with (bytes written, bytes in total).
-        before_commit: called when the new files are complete, before they take their names.
+        before_commit: called with the new files' names and stamps when they are complete, before they take them.
 
     Raises:
         UsageError: ``path`` exists and ``force`` is not given, or its folder cannot be written.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import IO
 
@@ -17,6 +18,13 @@ try:
     fcntl = importlib.import_module("fcntl")
 except ImportError:  # Windows: leftovers of killed runs stay there
     fcntl = None
+
+Stamp = tuple[int, int]
+"""A file's bytes and the time of its last change in nanoseconds. A rename keeps both, so that they tell the
+file that somebody wrote from one that has taken its name since."""
+
+Before = Callable[[Mapping[str, Stamp]], None]
+"""Called with the stamps of the new files by their names, before they take them."""
 
 _TEMPORARY = re.compile(r"\.effic-[0-9a-f]{16}\.tmp")
 
@@ -40,9 +48,11 @@ class WholeFiles:
         """A temporary file that :meth:`commit` renames to ``name``.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: it cannot be made, or the name is that of something else than a file.
         """
         folder = os.fspath(folder)
+        if (why := why_no_file(os.path.join(folder, name))) is not None:
+            raise OSError(errno.EINVAL, why, os.path.join(folder, name))
         if not self._open:
             _remove_leftovers(folder)
         while True:
@@ -62,7 +72,7 @@ class WholeFiles:
             self._open.pop()[0].close()
             os.close(self._locks.pop())
 
-    def commit(self, before: Callable[[], None] | None = None) -> None:
+    def commit(self, before: Before | None = None) -> None:
         """Rename the files to their names, in the order they were created.
 
         Args:
@@ -76,7 +86,8 @@ class WholeFiles:
             with contextlib.suppress(FileNotFoundError):
                 os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
         if before is not None:
-            before()
+            found = {target: stamp(temporary) for _, temporary, target in self._open}
+            before({target: one for target, one in found.items() if one is not None})
         while self._open:
             _, temporary, target = self._open[0]
             os.replace(temporary, target)
@@ -91,6 +102,22 @@ class WholeFiles:
                 os.unlink(temporary)
         for lock in self._locks:
             os.close(lock)
+
+
+def stamp(path: str | os.PathLike[str]) -> Stamp | None:
+    """The stamp of a file or a folder; None where there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def why_no_file(path: str | os.PathLike[str]) -> str | None:
+    """Why no file may take this name, a phrase: a device would be replaced by it; None where one may."""
+    if not os.path.exists(path) or os.path.isfile(path):
+        return None
+    return os.strerror(errno.EISDIR) if os.path.isdir(path) else "It is a device, and no file"
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

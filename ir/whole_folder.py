@@ -7,10 +7,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
 
 from effic.ir.errors import UsageError
-from effic.ir.whole_files import fcntl
+from effic.ir.whole_files import Before, fcntl, stamp
 
 _TEMPORARY = re.compile(r"\.effic-[0-9a-f]{16}\.folder")
 
@@ -50,16 +49,14 @@ class WholeFolder:
                 os.close(self._lock)
             self.path = _beside(self._target)
 
-    def commit(
-        self, *, mark: str | None = None, force: bool = False, before: Callable[[], None] | None = None
-    ) -> None:
+    def commit(self, *, mark: str | None = None, force: bool = False, before: Before | None = None) -> None:
         """Give the folder its name.
 
         Args:
             mark: a file that an older folder of the name must hold to be replaced, so that none but
                 our own is ever removed.
             force: replace an older folder. It is moved aside for the moment between two renames.
-            before: called before the older folder goes.
+            before: called with the folder's name and stamp before the older one goes.
 
         Raises:
             UsageError: the name is taken, and not to be replaced.
@@ -67,8 +64,8 @@ class WholeFolder:
         """
         if (problem := why_not_replace(self._target, mark, force)) is not None:
             raise UsageError(problem)
-        if before is not None:
-            before()
+        if before is not None and (found := stamp(self.path)) is not None:
+            before({self._target: found})
         if os.path.lexists(self._target):
             aside = _beside(self._target)
             os.rename(self._target, aside)

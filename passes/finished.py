@@ -82,8 +82,10 @@ class Store:
         if not os.path.lexists(path):
             return None
         try:
-            if os.path.islink(path) or (most_bytes is not None and os.stat(path).st_size > most_bytes):
-                raise ValueError("of another kind or size")
+            if os.path.islink(path) or not os.path.isfile(path):
+                raise ValueError("of another kind")
+            if most_bytes is not None and os.stat(path).st_size > most_bytes:
+                raise ValueError("of another size")
             found = read_safetensors(path)
             text = found.metadata.get("effic", "")
             whole = json.loads(text)

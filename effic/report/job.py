@@ -17,6 +17,7 @@ from effic.guard import Accuracy, Guard
 from effic.ir.errors import NotMeasuredError, UsageError
 from effic.ir.evaluate import Oracle, load_inputs
 from effic.ir.whole_files import write_whole
+from effic.record import refuse_report
 from effic.report.gather import Output, Source, match_sites, read_output, read_source
 from effic.report.graph import graph_of
 from effic.report.page import page, plotting_library
@@ -165,16 +166,9 @@ def check_html(html: str | os.PathLike[str], *models: str | os.PathLike[str], fo
         UsageError: the file exists, would replace a model, or its folder is missing.
         MissingExtraError: plotly is not installed.
     """
-    path = Path(html)
-    if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} for the report does not exist; make it first")
-    if path.is_dir():
-        raise UsageError(f"the report {path} is a folder; name a file in it")
-    for model in models:
-        if path.resolve() in (Path(model).resolve(), Path(f"{os.fspath(model)}.data").resolve()):
-            raise UsageError(f"the report {path} would replace a model's file; name another file")
-    if path.exists() and not force:
-        raise UsageError(f"the report {path} exists; give --force to write over it")
+    refuse_report(html, "report", models)
+    if os.path.exists(html) and not force:
+        raise UsageError(f"the report {os.fspath(html)} exists; give --force to write over it")
     plotting_library()
 
 
@@ -187,6 +181,11 @@ def _refuse(
     if not outputs:
         raise UsageError("there is nothing to report on; name one .onnx file or several")
     seen: set[Path] = set()
+    for path in [*outputs, *([] if reference is None else [reference])]:
+        if os.path.isdir(path):
+            raise UsageError(
+                f"{os.fspath(path)} is a folder, and a report shows .onnx files; name one of them"
+            )
     for path in outputs:
         if Path(path).resolve() in seen:
             raise UsageError(f"{os.fspath(path)} is named twice; name each output once")

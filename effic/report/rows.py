@@ -70,7 +70,11 @@ def number(found: Any) -> float | None:
     """A finite number, or None."""
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         return None
-    return float(found) if math.isfinite(found) else None
+    try:
+        value = float(found)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return value if math.isfinite(value) else None
 
 
 def count(found: Any) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
@@ -163,7 +164,7 @@ def test_a_pass_that_was_undone_says_why_and_counts_for_nothing(tmp_path: Path) 
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(
             ["steps", "speed", "remarks", "data", "distance", "text", "where", "passed", "kind", "sqnr_db"]
@@ -273,6 +274,11 @@ def test_optimize_writes_a_report(tmp_path: Path) -> None:
         (["{built}/int4.onnx", "-o", "{built}/int4.onnx"], "would replace a model's file"),
         (["{built}/int4.onnx", "-o", "{tmp}/no/out.html"], "does not exist; make it first"),
         (["{built}/int4.onnx", "-o", "{tmp}"], "is a folder"),
+        (["{built}/int4.onnx", "-o", "/dev/null", "--force"], "is a device, and no file"),
+        (["{built}/int4.onnx", "-o", "{built}/int4.effic.json", "--force"], "would replace a model's file"),
+        (["{tmp}", "-o", "{tmp}/out.html"], "is a folder, and a report shows .onnx files"),
+        (["."], "is a folder, and a report shows .onnx files"),
+        (["{built}/int4.onnx", "-o", "{tmp}/out.html", "--reference", "{tmp}"], "is a folder, and a report shows"),
         (["{built}/int4.onnx", "-o", "{tmp}/there.html"], "give --force to write over it"),
         (["{built}/int4.onnx", "-o", "{tmp}/out.html", "--threads", "2"], "--threads does nothing without --time"),
         (["{built}/int4.onnx", "-o", "{tmp}/out.html", "--time", "--threads", "0"], "must be at least 1"),
@@ -300,6 +306,11 @@ def test_what_is_wrong_is_said(args: list[str], words: str, built: Path, tmp_pat
         (["--html", "{tmp}/out.html"], "give -o out.onnx"),
         (["--html", "{tmp}/out.html", "-o", "{tmp}/out.onnx", "--dry-run"], "without --dry-run"),
         (["--html", "{tmp}/out.onnx", "-o", "{tmp}/out.onnx"], "would replace a model's file"),
+        (["--html", "{tmp}/out.effic.json", "-o", "{tmp}/out.onnx"], "would replace a model's file"),
+        (["--report", "{tmp}/out.effic.json", "-o", "{tmp}/out.onnx"], "would replace a model's file"),
+        (["--report", "{tmp}/a", "--html", "{tmp}/a", "-o", "{tmp}/out.onnx"], "both name"),
+        (["--report", "/dev/null", "-o", "{tmp}/out.onnx"], "is a device, and no file"),
+        (["-o", "/dev/null", "--force"], "is a device, and no file; leave it out"),
     ],
 )
 def test_optimize_refuses_a_report_before_the_work(args: list[str], words: str, tmp_path: Path) -> None:
@@ -307,6 +318,41 @@ def test_optimize_refuses_a_report_before_the_work(args: list[str], words: str, 
     assert code == 2
     assert words in " ".join(out.split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["bare", "empty weight", "scalar", "subgraph", "function", "names", "NaN"])
+def test_models_of_every_form(form: str, tmp_path: Path) -> None:
+    name = "\u202eשלום 🙂\x07</script>" + "n" * 1000 if form == "names" else "w"
+    shape = {"empty weight": (4, 0), "scalar": ()}.get(form, (4, 4))
+    array = np.full(shape, np.nan if form == "NaN" else 0.5, np.float32)
+    weight = onnx.numpy_helper.from_array(array, name)
+    product = onnx.helper.make_node("Mul" if form == "scalar" else "MatMul", ["x", name], ["y"], name=name)
+    nodes, constants, functions, opsets = [product], [weight], [], [onnx.helper.make_opsetid("", 20)]
+    out = onnx.helper.make_tensor_value_info("y", 1, None)
+    inputs = [onnx.helper.make_tensor_value_info("x", 1, [1, 4])]
+    if form == "bare":
+        nodes, constants, out = [], [], inputs[0]
+    elif form == "subgraph":
+        branches = {key: onnx.helper.make_graph(nodes, key, [], [out], constants) for key in ("then", "else")}
+        given = {f"{key}_branch": branch for key, branch in branches.items()}
+        nodes, constants = [onnx.helper.make_node("If", ["c"], ["y"], **given)], []
+        inputs.append(onnx.helper.make_tensor_value_info("c", 9, []))
+    elif form == "function":
+        inner = [onnx.helper.make_node("Constant", [], [name], value=weight), product]
+        functions = [onnx.helper.make_function("own", "F", ["x"], ["y"], inner, opsets)]
+        nodes, constants = [onnx.helper.make_node("F", ["x"], ["y"], domain="own")], []
+        opsets = [*opsets, onnx.helper.make_opsetid("own", 1)]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [out], constants)
+    made = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    onnx.save(made, tmp_path / "out.onnx")
+    onnx.save(made, tmp_path / "in.onnx")
+    report([tmp_path / "out.onnx"], tmp_path / "out.html", reference=tmp_path / "in.onnx")
+    (row,) = page_data(tmp_path / "out.html")["outputs"]
+    # Weights of one name in two branches share a row, with the bytes of both.
+    weights = {"bare": [], "scalar": [], "empty weight": [(name, 0)], "subgraph": [(name, 128)]}
+    found = [(site["name"], site["bytes_after"]) for site in row["sites"]]
+    assert found == weights.get(form, [(name, 64)])
+    assert row["graph"]["hidden"] == {"subgraph": 2, "function": 1}.get(form, 0)
 
 
 def test_a_missing_library_is_one_sentence(

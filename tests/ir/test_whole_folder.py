@@ -37,8 +37,8 @@ def test_an_older_one_is_replaced_when_asked_for_and_ours(tmp_path: Path) -> Non
         with WholeFolder(tmp_path / "out") as place:
             fill(place, text)
             called: list[str] = []
-            place.commit(mark="mark", force=force, before=lambda: called.append("before"))  # noqa: B023
-        assert called == ["before"]
+            place.commit(mark="mark", force=force, before=lambda new: called.append(*new))  # noqa: B023
+        assert called == [str(tmp_path / "out")]
     assert (tmp_path / "out" / "mark").read_text() == "new"
     assert names(tmp_path) == ["out"]
     with WholeFolder(tmp_path / "out") as place, pytest.raises(UsageError, match="--force"):

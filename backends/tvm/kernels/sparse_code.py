@@ -279,8 +279,7 @@ class _SparseCode(QuantizedCode):
 
     def decode_segment(self, decoded: Any, block: Any, start: Any, segment: Any, at: Any) -> None:
         spec, T = self.spec, self.T
-        cuts = self.cuts(chunks)
-        periods = spec.segment // spec.period // cuts
+        periods = spec.segment // spec.period
         for chunk in range(PANEL):
             column = (start + chunk) * LANES
             group = T.floordiv(block * COLUMNS + column, spec.n_stride)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effic.fit import Need, Room, least_need, misfits, room
+from effic.ir.cost import weight_bytes
 from effic.ir.errors import UsageError
 from effic.ir.evaluate import Oracle, load_inputs
-from effic.ir.memory import peak_memory, reset_peak_memory, resident_memory
+from effic.ir.memory import peak_memory, release_memory, reset_peak_memory, resident_memory
 from effic.ir.model import Model
 from effic.ir.onnx_writer import file_bytes_of
 from effic.passes.base import Numerics, Pass
@@ -264,8 +265,10 @@ def _final(tried: Rehearsal, probe: _Probe, peaks: _Peaks) -> float:
         return 0.0
     if tried.model is None:
         # Of a model that was only tried in part there is no finished file to run.
-        peaks.values.append(int(resident_memory() + _PACKED_COPIES * tried.file))
+        release_memory()
+        peaks.values.append(int(resident_memory() + max(_PACKED_COPIES * tried.file, tried.folded)))
         return probe.seconds
+    release_memory()
     reset_peak_memory()
     began = time.perf_counter()
     Oracle(tried.model, optimized=True).run(probe.inputs)
@@ -281,6 +284,9 @@ def _temporary(model: Model, tried: Rehearsal, file: int, check: Check) -> int:
     copies = [float(file_bytes_of(model)), tried.parts[-1].temporary + file]
     if check == "each":
         copies += [part.temporary + part.weights for part in tried.parts if part.changed]
+        # What came before a pass that raises the opset is run at the new one as well.
+        befores = [float(weight_bytes(model)), *(part.weights for part in tried.parts)]
+        copies += [p.temporary + w for p, w in zip(tried.parts, befores, strict=False) if p.raises]
     return int(max(most, *copies))
 
 

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from effic.backends.base import Backend
 from effic.ir.cost import ModelCost, model_cost
-from effic.ir.memory import peak_memory, reset_peak_memory
+from effic.ir.folding import folded_bytes
+from effic.ir.memory import peak_memory, release_memory, reset_peak_memory
 from effic.ir.model import Model
 from effic.ir.onnx_format import raise_opset
 from effic.ir.onnx_writer import file_bytes_of
@@ -58,7 +59,9 @@ class Part:
         seconds: of the pass itself.
         once: of that, seconds that do not grow with the number of weights.
         memory: largest resident set of the process meanwhile, in bytes.
+        peak: of that, what was seen while it looked at calibration data.
         temporary: bytes of temporary files after it.
+        raises: whether it raises the opset, so that its check runs the model before it once more.
         weights, nodes: bytes of the weights and number of nodes after it.
         remarks: what it will say.
         tried: ``whole``, or ``one of each kind`` where only some weights were worked on.
@@ -71,7 +74,9 @@ class Part:
     seconds: float = 0.0
     once: float = 0.0
     memory: int = 0
+    peak: int = 0
     temporary: float = 0.0
+    raises: bool = False
     weights: float = 0.0
     nodes: float = 0.0
     remarks: list[Seen] = dataclasses.field(default_factory=list)
@@ -91,6 +96,7 @@ class Rehearsal:
         file: bytes of the files that will be written.
         seconds: of all of it, without checks and saving.
         model: the lowered model where everything was tried whole, or None.
+        folded: bytes that a runtime works out when it loads the file, see :func:`effic.ir.folding.folded_bytes`.
         kinds, weights: kinds of weights tried one of each, and how many weights they stand for.
     """
 
@@ -98,6 +104,7 @@ class Rehearsal:
     file: float
     seconds: float
     model: Model | None
+    folded: float = 0.0
     kinds: int = 0
     weights: int = 0
 
@@ -170,6 +177,7 @@ class _Run:
     model: Model
     file: int
     seconds: float
+    folded: int = 0
 
 
 class _Trial:
@@ -201,12 +209,13 @@ class _Trial:
         """
         # Graphs are full of cycles: what earlier runs left would count as this one's.
         gc.collect()
+        release_memory()
         copy = model.clone()
         copy.scratch = Scratch()
         skip = tuple(map(literal, leave))
         tried = [_leaving(item, skip) if leave and _by_weight(item) else item for item in items]
         parts: list[Part] = []
-        watch = self.watch
+        watch, opset = self.watch, [copy.opset]
 
         def begin(number: int) -> None:
             if watch is not None and number < len(items):
@@ -214,8 +223,9 @@ class _Trial:
 
         def note(model: Model, item: Pass, number: int) -> None:
             part = Part(item.name, to_text(items[number]), items[number], temporary=model.scratch.stored)
+            opset[0], part.raises = model.opset, model.opset > opset[0]
             if watch is not None:
-                part.once, part.memory = watch.once, watch.memory
+                part.once, part.memory, part.peak = watch.once, watch.memory, watch.peak
                 part.seconds = watch.expected + watch.once - watch.inside
                 part.temporary += watch.temporary
             parts.append(part)
@@ -229,13 +239,13 @@ class _Trial:
             part.changed, part.remarks = step.changed, [Seen(remark, 1) for remark in step.remarks]
             part.weights, part.nodes = step.bytes_after, step.nodes_after
             part.seconds += step.seconds
-            part.memory += step.peak_memory
+            part.memory += max(part.peak, step.peak_memory)
         file = 0
         if lower:
             parts.append(self._lower(copy, result.after))
             seconds += parts[-1].seconds
             file = file_bytes_of(copy, self.external)
-        return _Run(parts, copy, file, seconds)
+        return _Run(parts, copy, file, seconds, folded_bytes(copy) if lower else 0)
 
     def _lower(self, model: Model, cost: ModelCost) -> Part:
         part, remarks, mark = Part("lower", self.backend.text, None), Remarks(), fingerprint(model)
@@ -264,7 +274,7 @@ def _copied(part: Part) -> Part:
 
 
 def _whole(run: _Run) -> Rehearsal:
-    return Rehearsal(run.parts, run.file, run.seconds, run.model)
+    return Rehearsal(run.parts, run.file, run.seconds, run.model, run.folded)
 
 
 def _joined(before: _Run, rest: Rehearsal) -> Rehearsal:
@@ -336,10 +346,12 @@ def _add(total: Rehearsal, none: _Run, one: _Run, count: int, times: float) -> N
         times: their elements, as multiples of those of the one.
     """
     total.file += times * (one.file - none.file)
+    total.folded += times * (one.folded - none.folded)
     once = sum(part.once for part in one.parts)
     total.seconds += times * max(0.0, one.seconds - once - none.seconds) + once
     for part, base, more in zip(total.parts, none.parts, one.parts, strict=True):
         part.changed |= more.changed
+        part.raises |= more.raises
         part.once += more.once
         part.seconds += times * max(0.0, more.seconds - more.once - base.seconds) + more.once
         part.memory = max(part.memory, more.memory)
@@ -386,6 +398,7 @@ class _Watch(Calibration):
         once: the same for what the run proper does once for all weights.
         memory: bytes that the run proper keeps in memory for the other samples.
         temporary: bytes that it keeps in temporary files.
+        peak: largest resident set so far, where the runner's own count was started anew.
     """
 
     def __init__(self, whole: Calibration) -> None:
@@ -410,7 +423,7 @@ class _Watch(Calibration):
 
     def _clear(self) -> None:
         self.inside = self.expected = self.once = 0.0
-        self.memory = self.temporary = 0
+        self.memory = self.temporary = self.peak = 0
 
     def walk(
         self,
@@ -433,10 +446,20 @@ class _Watch(Calibration):
             found = [s for s in weight_sites(copy) if s.name in names and self.why_not(s) is None]
             self.once += self._expected(lambda some: _exhaust(some.walk(copy, found, **options)))
             self._keep(self.kept(copy, found, **options))
+        # Between a few weights lie larger parts of the model than between all of them: what running those takes was
+        # seen above, and is left out here.
+        self.peak = max(self.peak, peak_memory())
         for pair in super().walk(model, sites, **options):
             self.inside += time.perf_counter() - began
+            if self._together:
+                release_memory()
+                reset_peak_memory()
             yield pair
+            self.peak = max(self.peak, peak_memory())
             began = time.perf_counter()
+        if self._together:
+            release_memory()
+            reset_peak_memory()
         self.inside += time.perf_counter() - began
 
     def ranges(

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effic.ir.errors import NotMeasuredError, UsageError
+from effic.ir.memory import release_memory
 from effic.ir.model import ONNX_DOMAINS, Model, constant_tensor
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Oracle:
         self._scratch = Scratch()
         path = os.path.join(self._scratch.folder, "oracle.onnx")
         model.save(path, external_threshold=64 << 20)
+        release_memory()
         # Operators of the runtime's own (MatMulNBits) compute another way without packed weights.
         own = any(node.domain not in ONNX_DOMAINS for node in model.nodes(domain=None))
         self._session = start_session(path, optimized=optimized, prepack=optimized or own)
@@ -82,7 +84,8 @@ class Oracle:
             NotMeasuredError: the run failed; the text carries the runtime's reason.
             UsageError: an input is missing.
         """
-        return run_session(self._session, inputs)
+        # Copies: the runtime's own arrays keep all the memory that its session worked in, for as long as they live.
+        return {name: np.array(array) for name, array in run_session(self._session, inputs).items()}
 
 
 def start_session(

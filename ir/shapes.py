@@ -77,7 +77,12 @@ def _skeleton(model: Model, dims: Mapping[str, int]) -> onnx.ModelProto:
         else:
             sizes = [int(d) for d in tensor.shape]  # type: ignore[arg-type]
             graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), sizes))
+    worked_out, dropped = _weights_worked_out(model)
+    for value in worked_out:
+        graph.input.append(ir.to_proto(value))
     for node in model.graph:
+        if node in dropped:
+            continue
         graph.node.append(ir.to_proto(node))
         for value in node.outputs:
             if value.name and value.type is not None and value.shape is not None and value.shape.is_static():
@@ -85,6 +90,39 @@ def _skeleton(model: Model, dims: Mapping[str, int]) -> onnx.ModelProto:
     for value in model.graph.outputs:
         graph.output.append(onnx.ValueInfoProto(name=value.name))
     return proto
+
+
+def _weights_worked_out(model: Model) -> tuple[list[ir.Value], set[ir.Node]]:
+    """Large values that are worked out from constants alone and whose shape is known, and the nodes that do only that.
+
+    Of a compressed weight inference would keep a number for each code. Its shape is all that is asked for.
+    """
+    constant: set[ir.Value] = {v for v in model.graph.initializers.values() if not v.is_graph_input()}
+    ends: list[ir.Value] = []
+    for node in model.graph:
+        reads = [value for value in node.inputs if value is not None]
+        whole = all(attr.type not in _GRAPHS for attr in node.attributes.values())
+        if node.op_type != "Constant" and not (reads and whole and constant.issuperset(reads)):
+            continue
+        constant.update(node.outputs)
+        for value in node.outputs:
+            shape = value.shape
+            large = shape is not None and shape.is_static() and math.prod(shape.numpy()) > _MAX_ELEMENTS
+            if large and value.type is not None and value.name and not value.is_graph_output():
+                ends.append(value)
+    cut, dropped, kept_ends = set(ends), set[ir.Node](), []
+    for node in reversed(list(model.graph)):
+        # Uses in subgraphs count: their nodes are not dropped.
+        read = [
+            v for v in node.outputs if v.is_graph_output() or any(u.node not in dropped for u in v.uses())
+        ]
+        if all(value in constant for value in node.outputs) and cut.issuperset(read):
+            dropped.add(node)
+            kept_ends.extend(read)
+    return kept_ends, dropped
+
+
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _static(infos: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from effic.ir.evaluate import (
     rounding_tolerance,
     runnable_inputs,
 )
-from effic.ir.memory import available_memory, peak_memory, reset_peak_memory
+from effic.ir.memory import available_memory, peak_memory, release_memory, reset_peak_memory
 from effic.ir.model import Model, PassRecord, describe
 from effic.ir.verify import required_signature, signature, verify
 from effic.passes.base import CalibratedPass, Numerics, Pass, Remark, Remarks
@@ -370,6 +370,7 @@ def _run_one(
     shape = signature(model)
     patterns = DeclaredPatterns(model)
     remarks = Remarks(finished)
+    release_memory()
     reset_peak_memory()
     began = time.perf_counter()
     reason = None

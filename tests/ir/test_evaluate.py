@@ -154,3 +154,10 @@ def test_inputs_file_without_pickles(tmp_path) -> None:
     text.write_text("hello")
     with pytest.raises(UsageError):
         load_inputs(text)
+
+
+def test_outputs_outlive_the_session_without_its_memory() -> None:
+    oracle = Oracle(Model(BUILDERS["encoder"]()))
+    inputs, outputs = runnable_inputs(Model(BUILDERS["encoder"]()), oracle, 0)
+    again = oracle.run(inputs)
+    assert all(array.flags.owndata for arrays in (outputs, again) for array in arrays.values())

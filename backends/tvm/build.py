@@ -106,7 +106,7 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     clock.stage("writing the weights")
     taken = {name for bucket in signature.buckets for name in bucket.parameters}
     weights = os.path.join(folder, PARAMETERS)
-    write_safetensors(weights, {name: parameters[name] for name in sorted(taken)})
+    write_safetensors(weights, {name: parameters.tensors[name] for name in sorted(taken)})
     remarks = [{"kind": r.kind, "where": r.where, "text": r.text} for r in _remarks(signature, naive)]
     del parameters
     manifest = _manifest(folder, model, backend, cpu, signature, request["source"])

@@ -27,7 +27,7 @@ from effic.backends.tvm import layout
 from effic.backends.tvm.cpu import Cpu
 from effic.ir.errors import UnsupportedError
 from effic.ir.model import Model, constant_tensor, describe
-from effic.ir.tensors import borrow
+from effic.ir.tensors import Scratch, borrow
 
 Converter = Callable[["Lowering", ir.Node], None]
 
@@ -43,6 +43,10 @@ class NotLoweredError(UnsupportedError):
     """A node reads a value that could not be lowered; the node that was to make it is blamed."""
 
 
+Made = np.ndarray | ir.TensorProtocol
+"""A parameter as it is handed over: an array, or a tensor of the model's, which then stays in its file."""
+
+
 class KernelSpec(Protocol):
     """What a family of kernels gives: a frozen value that names and makes one function."""
 
@@ -54,28 +58,32 @@ class KernelSpec(Protocol):
         """The scheduled ``tvm.tirx.PrimFunc``: inputs in order, then the output."""
 
 
+SomeSpec = TypeVar("SomeSpec", bound=KernelSpec)
+
+
 class Shared:
     """What the functions of all buckets have in common: parameters and kernels.
 
     Attributes:
-SomeSpec = TypeVar("SomeSpec", bound=KernelSpec)
-
-
-        arrays: parameters by the name they are stored under, C-contiguous. A weight that is stored as
-            it is stays in its file (a memory map) until somebody reads it.
-        kernels: functions of kernels in the module, by name of their spec.
+        keep: whether parameters are kept; without, only their types are known: for a trial.
+        parameters: by the name they are stored under. What is large lies in a file: a weight that is stored as
+            it is in the model's, what was packed in a scratch file, so that memory peaks at a few weights.
+        functions: of kernels, by name of their spec.
+        kernels: the same functions in the module.
         choices: what was chosen for a weight when it was packed, which all functions have to heed.
     """
 
     def __init__(self, keep: bool = True) -> None:
-        """With ``keep`` False arrays are let go again, and only their types are known: for a trial."""
-        self._keep = keep
-        self.arrays: dict[str, np.ndarray] = {}
+        self.keep = keep
+        self.parameters: dict[str, ir.TensorProtocol] = {}
+        self.functions: dict[str, Any] = {}
         self.kernels: dict[str, Any] = {}
         self.choices: dict[object, Any] = {}
+        self._scratch = Scratch()
+        self._types: dict[str, tuple[tuple[int, ...], str]] = {}
         self._names: dict[object, list[str]] = {}
 
-    def names(self, key: object, name: str, make: Callable[[], Sequence[np.ndarray]]) -> list[str]:
+    def names(self, key: object, name: str, make: Callable[[], Sequence[Made]]) -> list[str]:
         """The names under which the arrays of ``key`` are kept; they are made when first asked for."""
         if key not in self._names:
             arrays = list(make())
@@ -83,21 +91,60 @@ SomeSpec = TypeVar("SomeSpec", bound=KernelSpec)
             self._names[key] = [self._add(one, array) for one, array in zip(wanted, arrays, strict=True)]
         return self._names[key]
 
-    def _add(self, base: str, array: np.ndarray) -> str:
+    def type_of(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and element type of a parameter."""
+        return self._types[name]
+
+    def function(self, spec: KernelSpec, cpu: Cpu) -> Any:
+        """The function of a kernel, made once per spec."""
+        if spec.name not in self.functions:
+            self.functions[spec.name] = spec.prim_func(cpu).with_attr("op_pattern", _OPAQUE)
+        return self.functions[spec.name]
+
+    def _add(self, base: str, made: Made) -> str:
+        kind = _type(made)
         name, number = base, 0
-        while name in self.arrays:
-            if _same(self.arrays[name], array):
+        while name in self._types:
+            if self._types[name] == kind and self.keep and _same(self.parameters[name], made):
                 # Every bucket folds its constants for itself; often the sizes have no part in them.
                 return name
             number += 1
             name = f"{base}_{number}"
-        array = np.ascontiguousarray(array).reshape(array.shape)
-        self.arrays[name] = array if self._keep else np.broadcast_to(np.zeros((), array.dtype), array.shape)
+        self._types[name] = kind
+        if self.keep:
+            self.parameters[name] = self._scratch.tensor(name, made) if isinstance(made, np.ndarray) else made
         return name
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.dtype == other.dtype and np.array_equal(one, other)
+class Parameters(Mapping[str, np.ndarray]):
+    """Parameters as arrays, each read when it is asked for.
+
+    Attributes:
+        tensors: the same as tensors, large ones in their files.
+    """
+
+    def __init__(self, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self.tensors[name].numpy())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _type(made: Made) -> tuple[tuple[int, ...], str]:
+    if isinstance(made, np.ndarray):
+        return made.shape, str(made.dtype)
+    return tuple(made.shape.numpy()), str(made.dtype.numpy())
+
+
+def _same(one: ir.TensorProtocol, made: Made) -> bool:
+    with borrow(one) as array:
+        return np.array_equal(array, made if isinstance(made, np.ndarray) else made.numpy())
 
 
 class Lowering:
@@ -111,6 +158,7 @@ class Lowering:
         options: options of the target that converters may heed (``activations``, ``tuned``), by name.
         shared: parameters and kernels of all functions of the module.
         called: names of the kernels called so far, in order.
+        told: what converters told of their choices so far, phrases.
         variables: the parameters that this function takes, by name, in the order of its arguments.
     """
 
@@ -127,6 +175,7 @@ class Lowering:
         self.options = dict(options or {})
         self.shared = shared
         self.called: list[str] = []
+        self.told: list[str] = []
         self.variables: dict[str, Any] = {}
         self._plain: dict[ir.Value, Any] = {}
         self._blocked: dict[ir.Value, tuple[Any, int]] = {}
@@ -241,30 +290,60 @@ class Lowering:
         """Bind an expression to a variable."""
         return self.bb.emit(expression)
 
-    def weight(self, key: object, name: str, make: Callable[[], np.ndarray]) -> Any:
+    def weight(self, key: object, name: str, make: Callable[[], Made]) -> Any:
         """A parameter of the function that holds an array: a weight, a scale, a bias.
 
         Args:
             key: what the array is made of and how (hashable, for instance ``(weight's name, spec)``);
                 the array of a key is made once, buckets share it.
             name: the name to store it under.
-            make: makes the array. NumPy's own types only; codes below 8 bits are packed in integers.
+            make: makes the array, or gives a tensor of the model's as it is. NumPy's own types only; codes below
+                8 bits are packed in integers.
 
         Returns:
             The variable.
         """
         return self.weights(key, name, lambda: [make()])[0]
 
-    def weights(self, key: object, name: str, make: Callable[[], Sequence[np.ndarray]]) -> list[Any]:
-        """Parameters for all the arrays of ``spec.pack(…)``; see :meth:`weight`."""
+    def weights(self, key: object, name: str, make: Callable[[], Sequence[Made]]) -> list[Any]:
+        """Parameters for several arrays that are made together; see :meth:`weight`."""
         found = []
         for stored in self.shared.names(key, name, make):
             if stored not in self.variables:
-                array = self.shared.arrays[stored]
-                kind = relax.TensorType(array.shape, str(array.dtype))
+                kind = relax.TensorType(*self.shared.type_of(stored))
                 self.variables[stored] = relax.Var(self.identifier(stored), kind)
             found.append(self.variables[stored])
         return found
+
+    def packed(
+        self,
+        spec: KernelSpec,
+        key: object,
+        name: str,
+        pack: Callable[[], Sequence[np.ndarray]],
+        activations: int = 2,
+    ) -> list[Any]:
+        """Parameters for the arrays of ``spec.pack(…)``; a trial packs none of them.
+
+        Args:
+            spec: the kernel that reads them.
+            key, name: see :meth:`weight`.
+            pack: packs them.
+            activations: arguments of the kernel that are none of them: x, which is the first, and y and what
+                else is at the end.
+        """
+        cpu = self.cpu
+        if self.shared.keep or cpu is None:
+            return self.weights(key, name, pack)
+
+        def unpacked() -> list[np.ndarray]:
+            function = self.shared.function(spec, cpu)
+            return [
+                np.broadcast_to(np.zeros((), str(one.dtype)), [int(size) for size in one.shape])
+                for one in function.params[1 : 1 - activations]
+            ]
+
+        return self.weights(key, name, unpacked)
 
     def call(self, spec: KernelSpec, arguments: Sequence[Any], shape: Sequence[Any], dtype: str) -> Any:
         """Call a kernel: ``arguments`` in the order of its inputs, one output of ``shape``.
@@ -275,10 +354,22 @@ class Lowering:
         self.called.append(spec.name)
         found = self.shared.kernels.get(spec.name)
         if found is None:
-            function = spec.prim_func(self.cpu).with_attr("op_pattern", _OPAQUE)
+            function = self.shared.function(spec, self.cpu)
             found = self.shared.kernels[spec.name] = self.bb.add_func(function, spec.name)
         out = relax.TensorType(tuple(shape), dtype)
         return self.bb.emit(relax.call_tir(found, list(arguments), out))
+
+    def tuned(self, spec: SomeSpec) -> SomeSpec:
+        """The spec in the tile that was measured to be the best, where the target has records of tuning."""
+        records = self.options.get("tuned")
+        if records is None or self.cpu is None:
+            return spec
+        found: SomeSpec = records.apply(spec, self.cpu)
+        return found
+
+    def tell(self, phrase: str) -> None:
+        """Tell why the current node becomes what it does: a remark of the build."""
+        self.told.append(phrase)
 
     def refuse(self, node: ir.Node, reason: str) -> NoReturn:
         """Stop: this node cannot be lowered, because ``reason`` (a phrase: "has string inputs")."""
@@ -312,8 +403,8 @@ class Lowering:
             # The type is told: TVM makes int32 of int8, float32 of float64.
             return relax.const(np.array(tensor.numpy()), relax_dtype(tensor.dtype))
         name = value.name or "constant"
-        # Mapped, not copied: what is large stays in its file until it is saved or run.
-        return self.weight(("plain", id(tensor)), name, lambda: np.asarray(tensor.numpy()))
+        # Not read: what is large stays in its file until it is saved or run.
+        return self.weight(("plain", id(tensor)), name, lambda: tensor)
 
 
 _TYPES = {
@@ -356,14 +447,6 @@ def shape_of(expression: Any) -> tuple[Any, ...]:
     shape = getattr(expression.ty, "shape", None)
     if shape is None or not isinstance(shape, relax.ShapeExpr):
         raise UnsupportedError(
-    def tuned(self, spec: SomeSpec) -> SomeSpec:
-        """The spec in the tile that was measured to be the best, where the target has records of tuning."""
-        records = self.options.get("tuned")
-        if records is None or self.cpu is None:
-            return spec
-        found: SomeSpec = records.apply(spec, self.cpu)
-        return found
-
             "a shape depends on the values of the inputs, which kernels cannot be made for"
         )
     return tuple(int(d) if isinstance(d, tirx.IntImm) else d for d in shape.values)

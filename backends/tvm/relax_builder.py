@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from tvm import relax, tirx
 
@@ -21,6 +20,7 @@ from effic.backends.tvm.legal import illegal_nodes, why_not_legal
 from effic.backends.tvm.lowering import (
     Lowering,
     NotLoweredError,
+    Parameters,
     Shared,
     dtype_of,
     relax_dtype,
@@ -95,12 +95,14 @@ class Way:
         op: its operator, with the domain where that is not ONNX's.
         by: ``effic`` or ``importer``: whose converter it was.
         kernels: effic's kernels that it calls; none where it is left to the schedules.
+        why: what its converter tells of its choice, a phrase or nothing.
     """
 
     node: str
     op: str
     by: str
     kernels: tuple[str, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ def build_relax(
         weights: False for a trial: no weight is packed, and there are no parameters.
 
     Returns:
-        The ``tvm.IRModule``; the parameters by name, C-contiguous, weights that are stored as they are
-        mapped from their file; and how the functions are called.
+        The ``tvm.IRModule``; the parameters by name, large ones in files; and how the functions are called.
 
     Raises:
         UnsupportedError: nodes that cannot be lowered, named.
@@ -146,7 +147,7 @@ def build_relax(
         bucket, uncovered = function.build(f"main_{number}")
         refuse_uncovered(uncovered)
         buckets.append(bucket)
-    return bb.get(), shared.arrays, Signature(tuple(buckets), tuple(functions[0].ways))
+    return bb.get(), Parameters(shared.parameters), Signature(tuple(buckets), tuple(functions[0].ways))
 
 
 def buckets_of(
@@ -291,7 +292,7 @@ class _Function:
         return self._sizes[name]
 
     def _convert(self, node: ir.Node) -> None:
-        called = len(self.lowering.called)
+        called, told = len(self.lowering.called), len(self.lowering.told)
         name = name_of(node)
         try:
             by = convert(self.lowering, node)
@@ -304,7 +305,8 @@ class _Function:
             reason = f"TVM's converter refuses it: {_said(error)}"
         else:
             if by is not None:
-                self.ways.append(Way(name, key_of(node), by, tuple(self.lowering.called[called:])))
+                kernels, why = tuple(self.lowering.called[called:]), "; ".join(self.lowering.told[told:])
+                self.ways.append(Way(name, key_of(node), by, kernels, why))
             return
         for value in node.outputs:
             self.lowering.give_up(value)

@@ -182,7 +182,7 @@ def _weights(lowering: Lowering, node: ir.Node, spec: Conv2d | DepthwiseConv2d, 
                 weight = weight[:, :, None]
             return spec.pack(weight.astype(np.float32, copy=False), tail.shift)
 
-        return lowering.weights(key, name, make)
+        return lowering.packed(spec, key, name, make, activations=2 + (tail.residual is not None))
     weight = lowering.value(value)
     if tail.scale is not None:
         ndim = len(shape_of(weight))

@@ -24,6 +24,7 @@ from effic.backends.tvm.operators.attention import attention
 from effic.backends.tvm.operators.encoded import as_matrix, fingerprint
 from effic.ir.encodings import Encoding, code_values
 from effic.ir.model import constant_array, constant_tensor, sole_consumer
+from effic.ir.tensors import borrow
 
 
 def matmul(lowering: Lowering, node: ir.Node) -> None:
@@ -229,7 +230,9 @@ def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear
         linear.alpha,
         tail.key if tail.bias is not None else (),
     )
-    packed = lowering.weights(key, weight.name, lambda: _pack(spec, weight, k_axis, linear.alpha, tail.bias))
+    packed = lowering.packed(
+        spec, key, weight.name, lambda: _pack(spec, weight, k_axis, linear.alpha, tail.bias)
+    )
     return tail.finish(_run(lowering, spec, x, packed, lead))
 
 
@@ -302,11 +305,11 @@ def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linea
     key = ("panels", *identity, tail.key if tail.bias is not None else ())
 
     def pack() -> list[np.ndarray]:
-        matrix = np.asarray(tensor.numpy())
-        matrix = matrix.T if linear.transposed else matrix
-        return spec.pack(matrix if linear.alpha == 1 else matrix * np.float32(linear.alpha), tail.bias)
+        with borrow(tensor) as matrix:
+            matrix = matrix.T if linear.transposed else matrix
+            return spec.pack(matrix if linear.alpha == 1 else matrix * np.float32(linear.alpha), tail.bias)
 
-    packed = lowering.weights(key, right.name or "weight", pack)
+    packed = lowering.packed(spec, key, right.name or "weight", pack)
     return tail.finish(_run(lowering, spec, x, packed, rows[0]))
 
 

@@ -12,6 +12,15 @@ from effic.backends.tvm.lowering import Lowering, dtype_of
 from effic.backends.tvm.operators.importer import by_importer
 
 
+def equal(lowering: Lowering, node: ir.Node) -> None:
+    """Equal; truth values are compared as bytes, as LLVM is given a comparison of floats for them."""
+    if dtype_of(lowering.tensor(node.inputs[0])) != "bool":
+        by_importer(lowering, node)
+        return
+    x, y = (lowering.emit(relax.op.astype(lowering.tensor(value), "int8")) for value in node.inputs)
+    lowering.set(node.outputs[0], relax.op.equal(x, y))
+
+
 def is_inf(lowering: Lowering, node: ir.Node) -> None:
     """IsInf, with its attributes for one sign alone."""
     x = lowering.tensor(node.inputs[0])
@@ -25,6 +34,50 @@ def is_inf(lowering: Lowering, node: ir.Node) -> None:
         found = lowering.emit(relax.op.not_equal(x, x))
         found = lowering.emit(relax.op.logical_and(found, relax.op.logical_not(found)))
     lowering.set(node.outputs[0], found)
+
+
+def sign(lowering: Lowering, node: ir.Node) -> None:
+    """Sign; that of NaN is NaN."""
+    x = lowering.tensor(node.inputs[0])
+    found = lowering.emit(relax.op.sign(x))
+    if dtype_of(x).startswith("float"):
+        found = relax.op.where(lowering.emit(relax.op.isnan(x)), x, found)
+    lowering.set(node.outputs[0], found)
+
+
+def thresholded_relu(lowering: Lowering, node: ir.Node) -> None:
+    """ThresholdedRelu: zero for whatever is not above the threshold, NaN and infinities too."""
+    x = lowering.tensor(node.inputs[0])
+    dtype = dtype_of(x)
+    above = lowering.emit(relax.op.greater(x, relax.const(node.attributes.get_float("alpha", 1.0), dtype)))
+    lowering.set(node.outputs[0], relax.op.where(above, x, relax.const(0, dtype)))
+
+
+def cosh(lowering: Lowering, node: ir.Node) -> None:
+    """Cosh, for which LLVM has no instruction: ``e + 1 / 4e`` with ``e = exp(|x|) / 2``."""
+    half, quarter = _half_exp(lowering, lowering.tensor(node.inputs[0]))
+    lowering.set(node.outputs[0], relax.op.add(half, quarter))
+
+
+def sinh(lowering: Lowering, node: ir.Node) -> None:
+    """Sinh: as :func:`cosh`; near zero by ``2t / (1 - t * t)`` with ``t = tanh(x / 2)``, which cancels nothing."""
+    x = lowering.tensor(node.inputs[0])
+    dtype, emit = dtype_of(x), lowering.emit
+    half, quarter = _half_exp(lowering, x)
+    size = emit(relax.op.subtract(half, quarter))
+    far = emit(relax.op.where(relax.op.less(x, relax.const(0, dtype)), relax.op.negative(size), size))
+    t = emit(relax.op.tanh(emit(relax.op.multiply(x, relax.const(0.5, dtype)))))
+    rest = emit(relax.op.subtract(relax.const(1, dtype), relax.op.multiply(t, t)))
+    near = emit(relax.op.divide(relax.op.add(t, t), rest))
+    small = emit(relax.op.less(relax.op.abs(x), relax.const(1, dtype)))
+    lowering.set(node.outputs[0], relax.op.where(small, near, far))
+
+
+def _half_exp(lowering: Lowering, x: Any) -> tuple[Any, Any]:
+    """``e = exp(|x|) / 2`` without overflow before the result's, and ``1 / 4e``."""
+    dtype, emit = dtype_of(x), lowering.emit
+    half = emit(relax.op.exp(emit(relax.op.subtract(relax.op.abs(x), relax.const(np.log(2.0), dtype)))))
+    return half, emit(relax.op.divide(relax.const(0.25, dtype), half))
 
 
 def mod(lowering: Lowering, node: ir.Node) -> None:

@@ -1,4 +1,4 @@
-"""Reductions that TVM's importer lets through and TVM cannot compile."""
+"""Reductions that TVM's importer has wrong, or lets through and TVM cannot compile."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ def extreme(lowering: Lowering, node: ir.Node) -> None:
     number = lowering.emit(relax.op.astype(x, "int8"))
     found = lowering.emit(reduce(number, axis=axes or list(range(len(shape_of(x)))), keepdims=keep))
     lowering.set(node.outputs[0], relax.op.astype(found, "bool"))
+
+
+def of_no_axes(lowering: Lowering, node: ir.Node) -> None:
+    """ReduceL1, ReduceL2, ReduceSumSquare, ReduceLogSum: without axes each number is still made positive,
+    squared, or its logarithm taken."""
+    if _axes(lowering, node) or not node.attributes.get_int("noop_with_empty_axes", 0):
+        by_importer(lowering, node)
+        return
+    x = lowering.tensor(node.inputs[0])
+    if node.op_type == "ReduceSumSquare":
+        lowering.set(node.outputs[0], relax.op.multiply(x, x))
+    else:
+        alone = relax.op.log if node.op_type == "ReduceLogSum" else relax.op.abs
+        lowering.set(node.outputs[0], alone(x))
 
 
 def _axes(lowering: Lowering, node: ir.Node) -> list[int]:

@@ -24,8 +24,11 @@ TARGETS: dict[str, str] = {
     "portable": "effic.backends.ort.targets:Portable",
     # ONNX Runtime on a CPU
     "ort-cpu": "effic.backends.ort.targets:OrtCpu",
+    # ONNX Runtime on an NVIDIA GPU: builds, unverified
+    "ort-cuda": "effic.backends.ort.targets:OrtCuda",
     # compiled by TVM, with effic's own kernels
     "tvm-cpu": "effic.backends.tvm.targets:TvmCpu",
+    # the same for an NVIDIA GPU: builds, unverified
     "tvm-cuda": "effic.backends.tvm.targets:TvmCuda",
 }
 

@@ -16,9 +16,11 @@ from effic.ir.evaluate import first_line, run_session, runtime_errors
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+_CPU = "CPUExecutionProvider"
+
 
 class OrtArtifact(Artifact):
-    """A file in an ONNX Runtime session on the CPU, with a fixed number of threads.
+    """A file in an ONNX Runtime session, with a fixed number of threads.
 
     Attributes:
         path: the file.
@@ -33,7 +35,12 @@ class OrtArtifact(Artifact):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, threads: int = 1, config: Mapping[str, str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int = 1,
+        config: Mapping[str, str] | None = None,
+        provider: str = _CPU,
     ) -> OrtArtifact:
         """Open a file.
 
@@ -41,8 +48,10 @@ class OrtArtifact(Artifact):
             path: an ``.onnx`` file.
             threads: threads within one operator.
             config: ONNX Runtime session configuration entries, by key.
+            provider: the execution provider; the CPU takes what it has no kernel for.
 
         Raises:
+            NotMeasuredError: the installed ONNX Runtime has no such provider, or it finds no device.
             UsageError: no such file, or no sensible number of threads.
             InvalidModelError: ONNX Runtime refuses it; the text carries its reason.
         """
@@ -53,15 +62,25 @@ class OrtArtifact(Artifact):
             raise UsageError(f"there is no file {name}")
         if threads < 1:
             raise UsageError(f"threads is {threads}, the least is 1")
+        if provider not in ort.get_available_providers():
+            raise NotMeasuredError(
+                f"{name} is to run on {provider}, which the ONNX Runtime here does not have; install "
+                "onnxruntime-gpu on a machine with a GPU"
+            )
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         try:
             for key, value in (config or {}).items():
                 options.add_session_config_entry(key, value)
-            session = ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(name, options, providers=list(dict.fromkeys([provider, _CPU])))
         except runtime_errors() as error:
             raise InvalidModelError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error
+        if provider not in session.get_providers():
+            # The runtime goes over to the CPU without a word where a device or library is missing.
+            raise NotMeasuredError(
+                f"{name} cannot run on {provider}: ONNX Runtime finds no device for it here"
+            )
         return cls(name, session, threads)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:

@@ -15,6 +15,7 @@ from effic.backends.ort.lower_compressed import (
     say_lost,
     say_no_faster,
 )
+from effic.backends.ort.lower_cuda import LowerCuda
 from effic.backends.ort.lower_dynamic import LowerDynamic
 from effic.backends.ort.lower_encodings import LowerEncodings
 from effic.backends.ort.lower_input_groups import LowerInputGroups
@@ -22,6 +23,9 @@ from effic.backends.ort.lower_outliers import LowerOutliers
 from effic.backends.ort.lower_quantized import LowerQuantized
 from effic.ir.model import Model
 from effic.passes.base import Pass, Remarks, option
+
+_FAST_KERNELS = {"ep.cuda.fpa_intb_gemm": "1"}
+"""The provider's fpA_intB kernels are only taken where a session asks for them."""
 
 
 def _remarks_of(step: Pass, model: Model, remarks: Remarks) -> int:
@@ -120,3 +124,45 @@ class OrtCpu(Backend):
 
     def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> OrtArtifact:
         return OrtArtifact.load(path, threads=threads)
+
+
+@dataclass(frozen=True)
+class OrtCuda(Backend):
+    """ONNX Runtime on an NVIDIA GPU, unverified until it is run on one: fp16 n-bit kernels of the CUDA provider.
+
+    MatMul and Gemm become ``com.microsoft::MatMulNBits`` in fp16, in blocks and sizes that the provider's fast
+    kernels take. What it has no kernel for is written so that the runtime decodes it when it loads the file.
+    Checks run the file on the CPU.
+    """
+
+    name: ClassVar[str] = "ort-cuda"
+
+    precision: Literal["fp16", "model"] = option(
+        "fp16",
+        help="of compressed products: fp16, which the fast kernels take, or the model's own type (slower)",
+    )
+    ic: Literal["requantize", "exact"] = option(
+        "requantize",
+        help="per-input-channel groups: put in 8 bits per output channel, or decoded at load",
+    )
+    nm: Literal["load", "dense"] = option("load", help="weights of compress-nm, as for ort-cpu")
+
+    def lower(self, model: Model, remarks: Remarks) -> Model:
+        say_no_faster(model, remarks)
+        stored = names_compressed(model)
+        LowerCompressed(form=self.nm).apply(model, remarks)
+        if self.nm == "dense":
+            stored = set() if stored else _idle_dense(remarks)
+        LowerCuda(precision=self.precision, ic=self.ic).apply(model, remarks)
+        DecodeAtLoad(when="load").apply(model, remarks)
+        say_lost(stored, model, remarks)
+        remarks.missed("the model", "checks run it on the CPU: unverified until it runs on a GPU")
+        return model
+
+    def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> OrtArtifact:
+        """Open a file on the first GPU, with the provider's fast kernels for n-bit weights switched on.
+
+        Raises:
+            NotMeasuredError: the installed ONNX Runtime has no CUDA provider.
+        """
+        return OrtArtifact.load(path, threads=threads, config=_FAST_KERNELS, provider="CUDAExecutionProvider")

@@ -12,6 +12,7 @@ from effic.ir.model import Model
 from effic.ir.weights import WeightSite
 from effic.passes.base import CalibratedPass, Remarks, option
 from effic.passes.calibration import Calibration
+from effic.passes.finished import FinishedSites
 from effic.passes.quantize.affine import Grid, quantize
 from effic.passes.quantize.awq import Layer, clipped, search, search_clipping
 from effic.passes.quantize.fold_scales import ScaleFlow, Scaling, per_input_channel
@@ -61,11 +62,21 @@ class QuantizeAWQ(CalibratedPass, WeightOnly):
                 key = site if isinstance(found, str) else found
                 group = groups.setdefault(key, _Group(None if isinstance(found, str) else found))
                 group.sites.append(site)
-        of = {site: group for group in groups.values() for site in group.sites}
+        finished = remarks.finished
+        if finished is not None:
+            finished.expect(len(groups))
+        of = {
+            site: group
+            for group in groups.values()
+            if finished is None or not group.recall(choices, finished)
+            for site in group.sites
+        }
         for site, statistics in calibration.walk(model, list(of), second_moment=False, sketch=_SKETCH):
             of[site].add(Layer(site, of[site].channels_of(site), choices[site].grid, statistics))
             if len(of[site].layers) == len(of[site].sites):
                 of[site].choose(choices, self.clip)
+                if finished is not None:
+                    of[site].keep(choices, finished)
         # Folding waits for the end of the walk: a layer may be scaled on both sides.
         for group in groups.values():
             group.fold(model, choices)
@@ -121,7 +132,7 @@ class _Group:
 
     def choose(self, choices: dict[WeightSite, _Choice], clip: bool) -> None:
         """Search once all statistics are there, and let go of them."""
-        count = self.scaling.free.size if self.scaling is not None else self.layers[0].channels.size
+        count = self._channels()
         free = self.scaling.free if self.scaling is not None else np.zeros(count, bool)
         loudness, seen = np.zeros(count), np.zeros(count)
         for layer in self.layers:
@@ -139,6 +150,52 @@ class _Group:
                 choice.shares, choice.error = search_clipping(layer, result.factor, error)
         self.factor = result.factor
         self.layers = []
+
+    def keep(self, choices: dict[WeightSite, _Choice], finished: FinishedSites) -> None:
+        """Keep what was found, for a run that goes on where this one is interrupted."""
+        if self.factor is None:
+            return
+        chosen = [choices[site] for site in self.sites]
+        shares = {f"shares{i}": one.shares for i, one in enumerate(chosen) if one.shares is not None}
+        row = {"found": [[one.ratio, one.rtn, one.error, one.signal] for one in chosen]}
+        finished.put(self._key(finished), row, {"factor": self.factor, **shares})
+
+    def recall(self, choices: dict[WeightSite, _Choice], finished: FinishedSites) -> bool:
+        """Take what an earlier run had found, and say whether there was something."""
+        kept = finished.get(self._key(finished))
+        if kept is None:
+            return False
+        found, arrays = kept[0].get("found"), kept[1]
+        factor = np.array(arrays.get("factor"))
+        if factor.dtype != np.float64 or factor.shape != (self._channels(),) or not (factor > 0).all():
+            return False
+        if not isinstance(found, list) or len(found) != len(self.sites):
+            return False
+        shares = {}
+        for i, (site, row) in enumerate(zip(self.sites, found, strict=True)):
+            if not isinstance(row, list) or [type(each) for each in row] != [float] * 4:
+                return False
+            if f"shares{i}" in arrays:
+                shares[site] = np.array(arrays[f"shares{i}"])
+                rows, length = site.shape_oi
+                groups = -(-length // (choices[site].grid.block(length) or length))
+                if shares[site].dtype != np.float32 or shares[site].shape != (rows, groups):
+                    return False
+        for site, (ratio, rtn, error, signal) in zip(self.sites, found, strict=True):
+            choice = choices[site]
+            choice.ratio, choice.rtn, choice.error, choice.signal = ratio, rtn, error, signal
+            choice.shares = shares.get(site)
+        self.factor = factor
+        finished.taken += 1
+        return True
+
+    def _channels(self) -> int:
+        return self.scaling.free.size if self.scaling is not None else self.channels_of(self.sites[0]).size
+
+    def _key(self, finished: FinishedSites) -> dict[str, Any]:
+        free = None if self.scaling is None else np.flatnonzero(~self.scaling.free).tolist()
+        weights = [[site.name, finished.weight(site), self.channels_of(site).tolist()] for site in self.sites]
+        return {"scales of": weights, "fixed": free}
 
     def fold(self, model: Model, choices: dict[WeightSite, _Choice]) -> None:
         """Put the factors into the weights and what makes their inputs."""

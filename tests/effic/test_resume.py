@@ -90,6 +90,7 @@ LONG = {
     "quantize-adadim{group_size=32,base=gptq,scope=block}": "passes.quantize.quantize_adadim:decide",
     "quantize-easyquant{bits=8}": "passes.quantize.quantize_easyquant:easyquant",
     "quantize-easyquant": "passes.quantize.quantize_easyquant:easyquant",
+    "quantize-awq{group_size=32}": "passes.quantize.quantize_awq:search",
     "prune-sparsegpt": "passes.sparsify.prune_sparsegpt:sparsegpt",
     "prune-sparsegpt{density=0.4}": "passes.sparsify.prune_sparsegpt:sparsegpt",
     "prune-wanda": "passes.sparsify.prune_wanda:prune",

@@ -153,6 +153,7 @@ def optimize(
       effic optimize model.onnx --preset int4 --metric top1 --data val.npz --max-drop 0.5 -o out.onnx
       effic optimize model.onnx --preset int4 --plan
     """
+    from effic.backends import DEFAULT_TARGET
     from effic.ir.errors import UsageError
     from effic.ir.whole_files import write_whole
     from effic.optimize import optimize as run
@@ -189,13 +190,19 @@ def optimize(
     if plan:
         from effic.cli.plan import show_plan
 
-        more = {"output": output, "inputs": inputs, "external": external_data}
+        more = {
+            "output": output,
+            "inputs": inputs,
+            "external": external_data,
+            "resume": resume,
+            "force": force,
+        }
         show_plan(model, options, as_json=as_json, quiet=quiet, **more)
         return
     _known(print_after, options["passes"])
     _writable(report_file, model, output, html)
     _folder(dump_dir)
-    _html(html, output, model, dry_run, force)
+    _html(html, output, model, dry_run, force, options.get("target", DEFAULT_TARGET))
     with console.progress(quiet or as_json) as bar:
         task = None if bar is None else bar.add_task("reading", total=None)
 
@@ -304,7 +311,7 @@ def _folder(dump_dir: str | None) -> None:
         raise UsageError(f"--dump-dir {dump_dir} is a file; name a folder")
 
 
-def _html(html: str | None, output: str | None, model: str, dry_run: bool, force: bool) -> None:
+def _html(html: str | None, output: str | None, model: str, dry_run: bool, force: bool, target: str) -> None:
     """Refuse a report that could not be written before the work is done."""
     from effic.ir.errors import UsageError
 
@@ -312,8 +319,11 @@ def _html(html: str | None, output: str | None, model: str, dry_run: bool, force
         return
     if output is None or dry_run:
         raise UsageError("--html shows the file that was written; give -o out.onnx, without --dry-run")
+    from effic.backends import get_backend
     from effic.report.job import check_html
 
+    if get_backend(target).is_folder:
+        raise UsageError(f"--html shows .onnx files, and {target} writes a folder; leave --html out")
     check_html(html, model, output, force=force)
 
 

@@ -308,6 +308,10 @@ def test_what_is_wrong_is_said(args: list[str], words: str, built: Path, tmp_pat
         (["--html", "{tmp}/out.onnx", "-o", "{tmp}/out.onnx"], "would replace a model's file"),
         (["--html", "{tmp}/out.effic.json", "-o", "{tmp}/out.onnx"], "would replace a model's file"),
         (["--report", "{tmp}/out.effic.json", "-o", "{tmp}/out.onnx"], "would replace a model's file"),
+        (
+            ["--html", "{tmp}/a", "-o", "{tmp}/out.tvm", "--target", "tvm-cpu"],
+            "writes a folder; leave --html",
+        ),
         (["--report", "{tmp}/a", "--html", "{tmp}/a", "-o", "{tmp}/out.onnx"], "both name"),
         (["--report", "/dev/null", "-o", "{tmp}/out.onnx"], "is a device, and no file"),
         (["-o", "/dev/null", "--force"], "is a device, and no file; leave it out"),

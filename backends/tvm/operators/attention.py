@@ -54,9 +54,46 @@ def attention(lowering: Lowering, node: ir.Node) -> Any | None:
         spec = replace(spec, mask="additive", mask_shape=shapes[3][:3])
     if spec.why_not() is not None:
         return None
-    # The transpose that made the keys is fused with this one: what remains is one copy, or none.
-    given[1] = lowering.emit(relax.op.permute_dims(given[1], [0, 1, 3, 2]))
+    source = _turned_from(scores.keys)
+    if source is None:
+        # The transpose that made the keys is fused with this one: what remains is one copy, or none.
+        given[1] = lowering.emit(relax.op.permute_dims(given[1], [0, 1, 3, 2]))
+    else:
+        given[1] = lowering.value(source)
+        pair = [_once(lowering, one) for one in (source, value)]
+        if all(one is not None and shape_of(one) == shape_of(pair[0]) for one in pair):
+            given[1:3] = pair
+            spec = replace(spec, kv_heads=shape_of(pair[0])[1])
     return lowering.call(spec, given, (batch, heads, queries, head_dim), "float32")
+
+
+def _turned_from(keys: ir.Value) -> ir.Value | None:
+    """What a transpose of the last two axes made the keys from, None where something else made them."""
+    node = keys.producer()
+    if node is None or node.domain not in ("", "ai.onnx") or node.op_type != "Transpose":
+        return None
+    return node.inputs[0] if tuple(node.attributes.get_ints("perm", ())) == (0, 1, 3, 2) else None
+
+
+def _once(lowering: Lowering, repeated: ir.Value) -> Any | None:
+    """Heads of keys or values as they were before each was repeated for the queries that share it.
+
+    Repeated as exporters write it: an axis put in, expanded, and merged with the heads.
+
+    Returns:
+        ``[batch, kv_heads, keys, head_dim]``, None where they are not repeated that way.
+    """
+    merged = repeated.producer()
+    expanded = None if merged is None or merged.op_type != "Reshape" else merged.inputs[0]
+    node = None if expanded is None else expanded.producer()
+    if expanded is None or node is None or node.op_type != "Expand" or node.inputs[0] is None:
+        return None
+    before, after, flat = (lowering.shape(one) for one in (node.inputs[0], expanded, repeated))
+    if len(after) != 5 or len(before) != 5 or before != (*after[:2], 1, *after[3:]):
+        return None
+    if flat != (after[0], after[1] * after[2], *after[3:]):
+        return None
+    return lowering.emit(relax.op.reshape(lowering.value(node.inputs[0]), (*after[:2], *after[3:])))
 
 
 def _made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import click
 
 from effic.cli import console
+
+if TYPE_CHECKING:
+    from effic.backends.tvm.manifest import Manifest
 
 
 def print_coverage(model: str, target: str, as_json: bool) -> None:
@@ -19,7 +23,7 @@ def print_coverage(model: str, target: str, as_json: bool) -> None:
     survey = getattr(backend, "survey", None)
     if survey is None:
         raise UsageError(
-            f"show --target tells of targets that compile, as tvm-cpu, and {backend.name} is none"
+            f"show --target tells of targets that compile, as tvm-cpu and tvm-cuda, and {backend.name} is none"
         )
     found = survey(read_onnx(model))
     if as_json:
@@ -65,7 +69,7 @@ def print_artifact(path: str, as_json: bool) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
     console.print_result(
         f"{path}: {console.size(sum(files.values()))}, built for {manifest.target}",
-        f"{manifest.mcpu}, {manifest.cores} cores, {manifest.triple}; with {versions}",
+        f"{_made_for(manifest)}, {manifest.triple}; with {versions}",
         *(f"  {name}: {console.size(size)}" for name, size in files.items()),
         *(
             f"  in   {port.name}: {port.dtype}{console.shape_text(shape)}"
@@ -85,3 +89,15 @@ def print_artifact(path: str, as_json: bool) -> None:
         passes = manifest.build.get("passes")
         if isinstance(passes, list) and passes:
             console.print_result("", "made by effic with:", *(f"  {text}" for text in passes))
+
+
+def _made_for(manifest: Manifest) -> str:
+    """The device of a build in words, and of a GPU how far the build was verified."""
+    if manifest.device == "cpu":
+        return f"{manifest.mcpu}, {manifest.cores} cores"
+    told = {
+        "built": "not compiled by nvcc, unverified",
+        "compiled": "compiled by nvcc, unverified until it runs on a GPU",
+        "run": "run on a GPU when it was built",
+    }
+    return f"GPU {manifest.mcpu} ({told[manifest.verified]})"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from effic.ir.errors import NotMeasuredError
 from effic.ir.model import ONNX_DOMAINS
 
-TARGETS = ("portable", "ort-cpu", "torch")
+TARGETS = ("portable", "ort-cpu", "ort-cuda", "torch")
 """Targets whose coverage is known."""
 
 
@@ -35,7 +35,8 @@ def covers(target: str, operator: Operator) -> bool:
     """Whether a target runs an operator.
 
     ``portable`` is what the ONNX standard has at the model's version; ``ort-cpu`` what the installed ONNX
-    Runtime has a CPU kernel for, or can write in others that it has; ``torch`` what ``effic.to_module``
+    Runtime has a CPU kernel for, or can write in others that it has; ``ort-cuda`` the same of CUDA kernels (what
+    has none there runs on the CPU, between two copies); ``torch`` what ``effic.to_module``
     converts. Element types are not looked at.
 
     Args:
@@ -43,7 +44,7 @@ def covers(target: str, operator: Operator) -> bool:
         operator: the operator.
 
     Raises:
-        NotMeasuredError: the installed ONNX Runtime does not list its kernels.
+        NotMeasuredError: the installed ONNX Runtime does not list its kernels, or has none for CUDA.
     """
     if target == "torch":
         from effic.backends.torch.operators import OPERATORS
@@ -52,7 +53,7 @@ def covers(target: str, operator: Operator) -> bool:
     if target == "portable":
         return operator.domain in ONNX_DOMAINS and _standard(operator)
     name = operator.op_type, "" if operator.domain in ONNX_DOMAINS else operator.domain
-    kernels = _cpu_kernels().get(name, ())
+    kernels = _kernels("CUDA" if target == "ort-cuda" else "CPU").get(name, ())
     return any(first <= operator.version <= last for first, last in kernels) or _is_written_in_others(
         operator
     )
@@ -81,8 +82,8 @@ def _is_written_in_others(operator: Operator) -> bool:
 
 
 @cache
-def _cpu_kernels() -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """Versions (first, last) of every CPU kernel by operator and domain."""
+def _kernels(kind: str) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """Versions (first, last) of every kernel of a provider (``CPU``, ``CUDA``) by operator and domain."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     listed = getattr(state, "get_all_opkernel_def", None)
@@ -92,7 +93,12 @@ def _cpu_kernels() -> dict[tuple[str, str], list[tuple[int, int]]]:
         )
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for kernel in listed():
-        if kernel.provider == "CPUExecutionProvider":
+        if kernel.provider == f"{kind}ExecutionProvider":
             domain = "" if kernel.domain in ONNX_DOMAINS else kernel.domain
             found.setdefault((kernel.op_name, domain), []).append(tuple(kernel.version_range))
+    if not found:
+        raise NotMeasuredError(
+            f"the installed ONNX Runtime has no {kind} kernels to ask; install onnxruntime-gpu, or list the operators "
+            "in ops_allowed instead"
+        )
     return found

@@ -67,8 +67,10 @@ def test_figures_of_real_models(data_dir: Path, name: str, float_weights: int) -
     assert found.decoded_weights == 0
     assert found.peak_bytes is not None
     assert found.peak_bytes > found.weight_bytes
-    assert {target: found.outside(lambda o, t=target: covers(t, o)) for target in TARGETS} == {  # type: ignore[misc]
-        target: {} for target in TARGETS
+    # CUDA kernels are listed only where onnxruntime-gpu is installed.
+    targets = [target for target in TARGETS if target != "ort-cuda"]
+    assert {target: found.outside(lambda o, t=target: covers(t, o)) for target in targets} == {  # type: ignore[misc]
+        target: {} for target in targets
     }
 
 

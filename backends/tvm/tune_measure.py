@@ -22,7 +22,6 @@ from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.kernels.conv import Conv2d
 from effic.backends.tvm.kernels.conv_depthwise import DepthwiseConv2d
 from effic.backends.tvm.kernels.dense import DenseMatMul
-from effic.backends.tvm.schedule.pipeline import wide_target
 
 SAMPLE_SECONDS = 1e-3
 """One figure covers at least this long, so that the clock and the call do not show in it."""
@@ -101,7 +100,7 @@ def prepare(spec: Any, cpu: Cpu, footprint: int) -> Ready:
     """
     function, weights = spec.prim_func(cpu), raw_weights(spec)
     shapes = [tuple(int(d) for d in parameter.shape) for parameter in function.params]
-    run = tvm.compile(function, wide_target(cpu))[spec.name]
+    run = tvm.compile(function, cpu.target())[spec.name]
     packed = spec.pack(*weights) if weights else []
     rng = np.random.default_rng(1)
     others = [

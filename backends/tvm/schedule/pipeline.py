@@ -20,20 +20,6 @@ from effic.backends.tvm.schedule.choose_kernels import choose_kernels
 from effic.backends.tvm.schedule.functions import NAIVE, rooted, scheduled
 
 
-def wide_target(cpu: Cpu) -> Any:
-    """``cpu.target()`` with vectors of 512 bits used where the CPU has them.
-
-    LLVM halves them on many CPUs of the AVX512 family (``prefer-256-bit``), for the sake of code that
-    seldom uses vectors; here exp took 34 µs with halves and 19 µs without, on the same core.
-    """
-    target = cpu.target()
-    if not cpu.avx512:
-        return target
-    config = dict(target.export())
-    config["mattr"] = [*config.get("mattr", ()), "-prefer-256-bit"]
-    return tvm.target.Target(config)
-
-
 def schedule_functions(cpu: Cpu) -> Any:
     """The pass that schedules every PrimFunc without the attribute ``tirx.is_scheduled``."""
 
@@ -116,7 +102,7 @@ def fuse_and_schedule(cpu: Cpu) -> Any:
     Parameters are inputs of the function and so are never folded; only what is constant in the code
     itself is.
     """
-    target = wide_target(cpu)
+    target = cpu.target()
     steps = [
         relax.transform.DeadCodeElimination(),  # what a kernel made needless gets none
         choose_kernels(cpu),
@@ -138,7 +124,7 @@ def fuse_and_schedule(cpu: Cpu) -> Any:
 
 def pipeline(cpu: Cpu) -> Any:
     """The whole Relax pipeline for ``tvm.compile(module, target, relax_pipeline=pipeline(cpu))``."""
-    target = wide_target(cpu)
+    target = cpu.target()
     return _under(target, [fuse_and_schedule(cpu), *_finish(target)], "effic.Pipeline")
 
 
@@ -167,6 +153,6 @@ def compile_module(module: Any, cpu: Cpu) -> tuple[Any, dict[str, str]]:
         The ``tvm.runtime.Executable``, and the functions that stayed naive with the reason of each.
     """
     ready = fuse_and_schedule(cpu)(module)
-    target = wide_target(cpu)
+    target = cpu.target()
     executable = tvm.compile(ready, target, relax_pipeline=_under(target, _finish(target), "effic.Finish"))
     return executable, naive_functions(ready)

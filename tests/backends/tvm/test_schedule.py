@@ -22,7 +22,6 @@ from effic.backends.tvm.schedule.pipeline import (
     compile_module,
     fuse_and_schedule,
     naive_functions,
-    wide_target,
 )
 from tests.backends.tvm.kernel_runs import CANARY, MARGIN, random
 
@@ -63,7 +62,7 @@ def run_alone(module: Any, cpu: Cpu, inputs: list[np.ndarray], shape: tuple[int,
     """The module's only PrimFunc with its output between canaries, which must survive."""
     ready = fuse_and_schedule(cpu)(module)
     (function,) = [f for f in ready.functions.values() if isinstance(f, tirx.PrimFunc)]
-    compiled = tvm.compile(function.with_attr("global_symbol", "alone"), wide_target(cpu))["alone"]
+    compiled = tvm.compile(function.with_attr("global_symbol", "alone"), cpu.target())["alone"]
     size = math.prod(shape)
     room = np.full(size + 2 * MARGIN + 16, CANARY)
     whole = room[-room.ctypes.data % 64 // 4 :][: size + 2 * MARGIN]

@@ -49,6 +49,7 @@ def test_killed_runs_go_on_until_the_same_bytes(server: tuple[Path, Run]) -> Non
         assert content(output) == want[1]
         assert json.loads((folder / "out.effic.json").read_text())["build"] == build
         assert not progress.exists()
+        assert len(list(folder.glob("out.onnx*.data"))) == 1
         cycles += 1
     assert within >= 3, "some moments lie within the last pass"
 
@@ -60,7 +61,7 @@ def clear(folder: Path) -> None:
 
 
 def structure(path: Path) -> bytes:
-    """A model file but for the name of its data: a killed run may have left data of the first name behind."""
+    """A model file but for the name of its data, which is another one where a whole output was written again."""
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -95,3 +96,4 @@ def test_a_run_killed_while_its_files_take_their_names_goes_on(event: int, serve
     assert (folder / "out.effic.json").exists()
     assert content(folder / "out.onnx") == want
     assert not (folder / "out.onnx.progress").exists()
+    assert len(list(folder.glob("out.onnx*.data"))) == 1

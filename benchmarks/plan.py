@@ -1,5 +1,7 @@
 """What plans promise against what runs take: memory, temporary files, output and time, in processes of their own.
 
+    python benchmarks/plan.py [GIGABYTES]
+
 The bytes of a large synthetic decoder repeat, so that compressing file systems flatter it; times hold for a machine
 that does nothing else.
 """
@@ -24,7 +26,7 @@ JOBS = (
     ("fuse-conv-bn,eliminate-dead-code", "each", False),
     ("quantize-rtn,eliminate-dead-code", "each", False),
     ("quantize-easyquant", "off", False),
-    ("prune-magnitude,compress-nm", "off", False),
+    ("prune-magnitude,compress-nm", "each", False),
     ("quantize-gptq", "off", True),
 )
 
@@ -44,7 +46,7 @@ def main(gigabytes: float = 0.4) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = llama_like_file(Path(folder, "m.onnx"), gigabytes, dim=1024, hidden=2752, heads=8, vocab=16000)
         ids = Path(folder, "ids.npy")
-        np.save(ids, np.random.default_rng(0).integers(0, 16000, 16 * 128))
+        np.save(ids, np.random.default_rng(0).integers(0, 16000, 4 * 128))
         print(f"{'passes':36} {'':8} {'memory':>9} {'temporary':>9} {'output':>9} {'run':>8} {'planning':>8}")
         for passes, check, calibrated in JOBS:
             options: dict[str, Any] = {"source": str(path), "passes": passes, "check": check}
@@ -61,4 +63,4 @@ def main(gigabytes: float = 0.4) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(float, sys.argv[1:2]))

@@ -24,7 +24,7 @@ def show_plan(model: str, options: dict[str, Any], *, as_json: bool, quiet: bool
         model: the file.
         options: what the run would be given by the recipe and the command line.
         as_json, quiet: as for the run.
-        more: ``output``, ``inputs`` and ``external`` of the run.
+        more: ``output``, ``inputs``, ``external`` and ``resume`` of the run.
     """
     from effic.plan import plan
 

@@ -188,7 +188,7 @@ def optimize(
     refuse_data(sequence, calib, calib_samples, calib_window)
     force = force or (resume and was_saving(output))
     if output is not None:
-        _refuse_early(output, force or backend.is_folder, backend.is_folder)
+        refuse_early(output, force or backend.is_folder, backend.is_folder)
         if backend.is_folder:
             refuse_output(backend, output, force, external)
     if resume:
@@ -486,12 +486,14 @@ def _file_tolerance(model: Model, sequence: Sequence[Pass]) -> float:
     return rounding_tolerance(model) * max(1, rounding)
 
 
-def _refuse_early(output: str | os.PathLike[str], force: bool, folder_wanted: bool) -> None:
+def refuse_early(output: str | os.PathLike[str], force: bool, folder_wanted: bool) -> None:
     """Say what would stop the saving before the work is done, not after it."""
     path = os.fspath(output)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} for the output does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"the folder {folder} for the output cannot be written; name another")
     if os.path.isdir(path) and not folder_wanted:
         raise UsageError(f"the output {path} is a folder; name a file in it")
     if not folder_wanted and why_no_file(path):

@@ -126,6 +126,8 @@ def plan(
     external: bool | None = None,
     scored: bool = False,
     timed: bool = False,
+    resume: bool = False,
+    force: bool = True,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     progress: Progress | None = None,
@@ -138,14 +140,17 @@ def plan(
             disk is that of the working folder.
         scored: whether the run will score a metric, which is not planned.
         timed: whether it will time the model after each pass, which is not planned.
+        resume: whether it will keep its progress beside the output, which counts to the disk there.
+        force: whether the run may write over ``output``.
         progress: called with what is being done, the number and how many there are.
 
     Raises:
         EfficError: what the run itself would raise before it writes.
     """
     from effic.backends import get_backend
-    from effic.optimize import load, refuse_data, sequence_of
+    from effic.optimize import load, refuse_data, refuse_early, sequence_of
     from effic.passes.spec import to_text
+    from effic.resume import refuse, was_saving
 
     tell = progress or (lambda text, number, total: None)
     sequence, backend = sequence_of(passes), get_backend(target)
@@ -154,6 +159,10 @@ def plan(
             f"what compiling for {backend.name} takes cannot be planned; plan for portable, which does the passes only"
         )
     refuse_data(sequence, calib, calib_samples, calib_window)
+    if output is not None:
+        refuse_early(output, force or (resume and was_saving(output)), False)
+    if resume:
+        refuse(source, output, timed)
     peaks = _Peaks()
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -169,7 +178,7 @@ def plan(
         calibration = Calibration.load(calib, model, samples=samples, seed=seed, window=calib_window)
         if arrays is None:
             arrays = next(calibration.feeds())
-    seconds["calibration"] = time.perf_counter() - began
+    seconds["calibration"] = time.perf_counter() - began if calib is not None else 0.0
     peaks.note()
     notes: list[str] = []
     have = room(os.path.join(os.getcwd(), "out.onnx") if output is None else output)
@@ -185,9 +194,18 @@ def plan(
     seconds["save"] = file / _bandwidth()
     seconds["total"] = sum(seconds.values())
     temporary = _temporary(model, tried, file, check)
+    if isinstance(calib, str) and calib == "random":
+        temporary = max(temporary, file_bytes_of(model))  # the original is run to find samples that it takes
     _note(notes, tried, calibration, scored, timed)
     memory = max(peaks.values)
-    need = Need(max(0, memory - resident_memory()), file, temporary)
+    lossy = [part for part in changed if part.item is not None and part.item.numerics is Numerics.LOSSY]
+    kept = round(sum(part.weights for part in lossy)) if resume else 0
+    if resume:
+        notes.append(
+            f"--resume keeps up to {kept / 1e6:.1f} MB beside the output until that is whole; they count to what has "
+            "to be free there, not to the sizes here"
+        )
+    need = Need(max(0, memory - resident_memory()), file + kept, temporary)
     return Plan(
         to_text(sequence),
         target,
@@ -306,8 +324,8 @@ def _note(
 ) -> None:
     if tried.kinds:
         notes.append(
-            f"{tried.weights} weights are of {tried.kinds} kinds, one of each was tried; what depends on the "
-            "values of the others is decided while the run goes on"
+            f"{tried.weights} weights are of {tried.kinds} kinds or more, one of each of these was tried and stands "
+            "for the others by its size; what depends on their values is decided while the run goes on"
         )
     if calibration is not None and calibration.count > FEW:
         notes.append(

@@ -23,7 +23,7 @@ from effic.ir.tensors import Scratch
 from effic.ir.weights import WeightSite, weight_sites
 from effic.partial import literal
 from effic.passes.activations import operand
-from effic.passes.base import Pass, Remark, Remarks
+from effic.passes.base import Numerics, Pass, Remark, Remarks
 from effic.passes.calibration import Calibration, RangeStatistics, SiteStatistics
 from effic.passes.calibration_data import Arrays, held
 from effic.passes.parts import STORE_BYTES
@@ -36,6 +36,11 @@ FEW = 2
 
 MOST_KINDS = 24
 """Kinds of weights that are tried; the smallest beyond them are taken together."""
+
+# Where weights are hardly alike, trying one of each kind is to do all the work: of more bytes than these the
+# largest few kinds are tried, and stand for the others by their elements.
+_TRIED_WHOLE = 32 << 20
+_FEW_KINDS = 4
 
 _DIGITS = re.compile(r"\d+")
 
@@ -61,7 +66,7 @@ class Part:
         memory: largest resident set of the process meanwhile, in bytes.
         peak: of that, what was seen while it looked at calibration data.
         temporary: bytes of temporary files after it.
-        raises: whether it raises the opset, so that its check runs the model before it once more.
+        raises: whether it raises the opset and is exact, so that its check runs the model before it once more.
         weights, nodes: bytes of the weights and number of nodes after it.
         remarks: what it will say.
         tried: ``whole``, or ``one of each kind`` where only some weights were worked on.
@@ -146,9 +151,12 @@ def rehearse(
     before = trial.run(model, items[:first], lower=False)
     kinds = _kinds(before.model, items[first:])
     groups = sum(len(kind) for kind in kinds)
-    if 2 * len(kinds) > groups:
-        return _joined(before, _whole(trial.run(before.model, items[first:])))
     names = [name for kind in kinds for group in kind for name in group]
+    if 2 * len(kinds) > groups:
+        stored = {site.name: site.elements * site.dtype.bitwidth // 8 for site in weight_sites(before.model)}
+        if sum(stored[name] for name in names) <= _TRIED_WHOLE:
+            return _joined(before, _whole(trial.run(before.model, items[first:])))
+        kinds = _merged(kinds, _FEW_KINDS)
     none = trial.run(before.model, items[first:], leave=names)
     total = _whole(dataclasses.replace(none, parts=[_copied(part) for part in none.parts]))
     total.model, total.kinds, total.weights = None, len(kinds), len(names)
@@ -223,7 +231,8 @@ class _Trial:
 
         def note(model: Model, item: Pass, number: int) -> None:
             part = Part(item.name, to_text(items[number]), items[number], temporary=model.scratch.stored)
-            opset[0], part.raises = model.opset, model.opset > opset[0]
+            exact = part.item is not None and part.item.numerics is Numerics.EXACT
+            opset[0], part.raises = model.opset, exact and model.opset > opset[0]
             if watch is not None:
                 part.once, part.memory, part.peak = watch.once, watch.memory, watch.peak
                 part.seconds = watch.expected + watch.once - watch.inside
@@ -330,9 +339,14 @@ def _kinds(model: Model, items: Sequence[Pass]) -> list[list[tuple[str, ...]]]:
         )  # fmt: skip
         alike.setdefault(key, []).append(group)
     ordered = sorted(alike.values(), key=lambda found: -sum(s.elements for group in found for s in group))
-    if len(ordered) > MOST_KINDS:
-        ordered[MOST_KINDS - 1 :] = [[group for found in ordered[MOST_KINDS - 1 :] for group in found]]
-    return [[tuple(site.name for site in group) for group in found] for found in ordered]
+    return _merged([[tuple(site.name for site in group) for group in found] for found in ordered], MOST_KINDS)
+
+
+def _merged(kinds: list[list[tuple[str, ...]]], most: int) -> list[list[tuple[str, ...]]]:
+    """At most so many kinds: the last is all those beyond."""
+    if len(kinds) <= most:
+        return kinds
+    return [*kinds[: most - 1], [group for kind in kinds[most - 1 :] for group in kind]]
 
 
 def _add(total: Rehearsal, none: _Run, one: _Run, count: int, times: float) -> None:

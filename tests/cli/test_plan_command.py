@@ -71,3 +71,64 @@ def test_the_plan_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 0
     assert "does not fit: " in result.output
     assert "the model was not run" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("-o", "none/out.onnx"), "the folder none for the output does not exist"),
+        (("-o", "folder"), "is a folder; name a file in it"),
+        (("-o", "there.onnx"), "exists; give --force"),
+        (("--resume",), "give -o out.onnx"),
+        (("--resume", "-o", "out.onnx", "--keep-if-faster"), "leave one of them out"),
+        (("-o", "closed/out.onnx"), "the folder closed for the output cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("planned", [("--plan",), ()])
+def test_what_would_stop_the_run_stops_its_plan(
+    options: tuple[str, ...],
+    says: str,
+    planned: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "there.onnx").touch()
+    monkeypatch.setattr("os.access", lambda path, mode, **options: "closed" not in str(path))
+    result = invoke("--passes", "fuse-conv-bn", *options, *planned)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["closed", "folder", "there.onnx"]
+
+
+def test_json_has_a_fixed_shape_and_names_what_is_not_in_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[[pass]]\nname = "quantize-rtn"\n')
+    output = str(tmp_path / "out.onnx")
+    result = invoke("--recipe", str(recipe), "--resume", "-o", output, "--plan", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert list(found) == [
+        "passes", "target", "steps", "memory", "file", "temporary", "seconds", "memory_free", "output_free",
+        "temporary_free", "misfits", "notes",
+    ]  # fmt: skip
+    assert list(found["seconds"]) == ["load", "calibration", "passes", "check", "save", "total"]
+    assert any(note.startswith("--resume keeps up to") for note in found["notes"])
+    found = json.loads(invoke("--passes", "fuse-conv-bn", "--keep-if-faster", "--plan", "--json").output)
+    assert found["notes"] == ["timing the model after each pass takes time that is not in these figures"]
+
+
+def test_limits_of_the_control_group_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = tmp_path / "group"
+    group.mkdir()
+    for name, text in (("memory.max", "300000\n"), ("memory.current", "100000\n"), ("memory.stat", "")):
+        (group / name).write_text(text)
+    monkeypatch.setattr("effic.ir.memory._groups", lambda: [group])
+    output = tmp_path / "out.onnx"
+    result = invoke("--passes", "fuse-conv-bn", "-o", str(output))
+    assert result.exit_code == 2
+    assert "0.51 MB of memory, and 0.20 MB can be had" in result.output
+    assert result.output.count("\n") == 1
+    assert not output.exists()

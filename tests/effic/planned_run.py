@@ -2,8 +2,9 @@
 
     python planned_run.py plan|run '{"source": …, "passes": …, …}'
 
-Prints a JSON object: ``memory`` (largest resident set), ``temporary`` (most bytes of temporary files at a time, run
-only as measured), ``file`` (bytes of the output's files), ``seconds`` and, for each pass, ``sites`` and ``missed``.
+Prints a JSON object: ``base`` (resident set before), ``memory`` (largest resident set), ``temporary`` (most bytes of
+temporary files at a time), ``file`` (bytes of the output's files), ``seconds`` and, for each pass, ``sites`` and
+``missed``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 from importlib import import_module
 from typing import Any
 
-from effic.ir.memory import peak_memory, reset_peak_memory
+from effic.ir.memory import peak_memory, reset_peak_memory, resident_memory
 
 
 def folder_bytes(folder: str) -> int:
@@ -42,6 +43,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     for name in ("effic.optimize", "effic.passes.pipeline"):
         import_module(name).reset_peak_memory = reset  # type: ignore[attr-defined]
+    base = resident_memory()
     done, most = threading.Event(), [0]
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder
@@ -59,6 +61,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             thread.join()
             tempfile.tempdir = None
     return {
+        "base": base,
         "memory": max([*peaks, peak_memory()]),
         "temporary": most[0],
         "file": report.file_bytes[1],
@@ -70,8 +73,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 def plan(options: dict[str, Any]) -> dict[str, Any]:
     """Plan the same."""
-    found = import_module("effic.plan").plan(**options)
+    planner = import_module("effic.plan")
+    base = resident_memory()
+    found = planner.plan(**options)
     return {
+        "base": base,
         "memory": found.memory,
         "temporary": found.temporary,
         "file": found.file,

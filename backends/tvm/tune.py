@@ -10,24 +10,13 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effic.backends import get_backend
 from effic.backends.tvm.child import Tell, run_in_child
-from effic.backends.tvm.tune_records import (
-    TILES,
-    Base,
-    Choice,
-    Records,
-    Tile,
-    Trial,
-    key_of,
-    tile_of,
-    with_tile,
-)
+from effic.backends.tvm.tune_records import Base, Choice, Records, Tile, Trial, key_of, line_of, with_tile
 from effic.backends.tvm.versions import require_tuning
 from effic.ir.errors import NotMeasuredError
 from effic.ir.model import Model
@@ -235,6 +224,7 @@ class Tuner:
         from effic.backends.tvm.tune_measure import weight_bytes
 
         self.cpu, self.tasks, self.records, self.trying = cpu, tasks, records, trying
+        self._ready: list[tuple[Tile, Ready]] = []
         self.footprint = sum(task.calls * weight_bytes(task.spec) for task in tasks)
 
     def run(self, trials: int, done: int, total: int, tell: Tell) -> int:
@@ -244,9 +234,11 @@ class Tuner:
                 tell("timing the kernels as they are", done, total)
                 self._base(task)
         while trials > 0 and (task := self._next()) is not None:
-            tell(f"kernels {self._speedup():.2f}x", done, total)
             batch = self._candidates(task)[: min(BATCH, trials)]
-            self._try(task, batch, lambda: tell(f"kernels {self._speedup():.2f}x", done, total))
+            for number, tile in enumerate(batch):
+                tell(f"kernels {self._speedup():.2f}x", done + number, total)
+                self._compile(task, tile)
+            self._compare(task)
             trials, done = trials - len(batch), done + len(batch)
         tell(f"kernels {self._speedup():.2f}x", done, total)
         return sum(len(self._candidates(task)) for task in self.tasks)
@@ -280,9 +272,7 @@ class Tuner:
     def _candidates(self, task: Task) -> list[Tile]:
         from effic.backends.tvm.tune_tiles import candidates
 
-        found = candidates(
-            task.spec, self.cpu, self.records.chosen(task.key), self.records.tried(task.key)
-        )
+        found = candidates(task.spec, self.cpu, self.records.chosen(task.key), self.records.tried(task.key))
         return [tile for tile in found if with_tile(task.spec, tile).why_not() is None]
 
     def _next(self) -> Task | None:
@@ -300,26 +290,30 @@ class Tuner:
         kernel = prepare(task.spec, self.cpu, self.footprint)
         self.records.add([Base(task.key, seconds(kernel, QUICK_TURNS))])
 
-    def _try(self, task: Task, batch: list[Tile], tell: Callable[[], None]) -> None:
-        """Compile a batch, time it beside the default, and keep the best if it is better than what is used."""
-        from effic.backends.tvm.tune_measure import REFUSALS, beside, prepare, same
+    def _compile(self, task: Task, tile: Tile) -> None:
+        """Make a candidate ready to be timed, and run it once."""
+        from effic.backends.tvm.tune_measure import REFUSALS, prepare, same
 
-        default = prepare(task.spec, self.cpu, self.footprint)
-        ready: list[tuple[Tile, Ready]] = []
-        for tile in batch:
-            self._note(Trial(task.key, tile, "crashed"))
-            try:
-                kernel = prepare(with_tile(task.spec, tile), self.cpu, self.footprint)
-            except REFUSALS:
-                self.records.add([Trial(task.key, tile, "refused")])
-                continue
-            finally:
-                tell()
-            if same(default.output, kernel.output):
-                ready.append((tile, kernel))
-            else:
-                self.records.add([Trial(task.key, tile, "wrong")])
+        if not self._ready:
+            self._ready.append(({}, prepare(task.spec, self.cpu, self.footprint)))
+        self._note(Trial(task.key, tile, "crashed"))
+        try:
+            kernel = prepare(with_tile(task.spec, tile), self.cpu, self.footprint)
+        except REFUSALS:
+            self.records.add([Trial(task.key, tile, "refused")])
+            return
+        if same(self._ready[0][1].output, kernel.output):
+            self._ready.append((tile, kernel))
+        else:
+            self.records.add([Trial(task.key, tile, "wrong")])
+
+    def _compare(self, task: Task) -> None:
+        """Time what is ready beside the default; keep the best of it where it is better than what is used."""
+        from effic.backends.tvm.tune_measure import beside, prepare
+
         self.trying.unlink(missing_ok=True)
+        (_, default), *ready = self._ready
+        self._ready = []
         if not ready:
             return
         ratios = beside([default, *(kernel for _, kernel in ready)], QUICK_TURNS)[1:]
@@ -331,7 +325,11 @@ class Tuner:
         tile, kernel = ready[best]
         used = self.records.choices.get(task.key)
         if ratios[best].median > (1 + NOISE) * (1.0 if used is None else used.speedup):
-            rival = default if used is None else prepare(with_tile(task.spec, used.tile), self.cpu, self.footprint)
+            rival = (
+                default
+                if used is None
+                else prepare(with_tile(task.spec, used.tile), self.cpu, self.footprint)
+            )
             against, beside_default = beside([rival, kernel, default], SURE_TURNS)[1:]
             if against.low > 1 and against.median > 1 + NOISE:
                 speedup = against.median / beside_default.median
@@ -340,9 +338,5 @@ class Tuner:
         self.records.add(rows)
 
     def _note(self, trial: Trial) -> None:
-        from effic.backends.tvm.tune_records import line_of
-
+        """Write down what is tried, for the parent to record should this process die of it."""
         self.trying.write_text(line_of(trial), encoding="utf-8")
-
-
-__all__ = ["TILES", "Task", "Tuned", "Tuner", "Tuning", "find_tasks", "tile_of", "tune_in_child", "tune_kernels"]

@@ -103,16 +103,12 @@ def prepare(spec: Any, cpu: Cpu, footprint: int) -> Ready:
     run = tvm.compile(function, cpu.target())[spec.name]
     packed = spec.pack(*weights) if weights else []
     rng = np.random.default_rng(1)
-    others = [
-        rng.standard_normal(shape, np.float32) for shape in (shapes[0], *shapes[1 + len(packed) : -1])
-    ]
+    others = [rng.standard_normal(shape, np.float32) for shape in (shapes[0], *shapes[1 + len(packed) : -1])]
     output = tvm.runtime.empty(shapes[-1], "float32")
     x, *rest = [tvm.runtime.tensor(array) for array in others]
     size = max(1, sum(array.nbytes for array in packed))
     copies = min(_MOST_COPIES, max(1, min(footprint, _MOST_BYTES) // size)) if packed else 1
-    arguments = [
-        (x, *(tvm.runtime.tensor(array) for array in packed), *rest, output) for _ in range(copies)
-    ]
+    arguments = [(x, *(tvm.runtime.tensor(array) for array in packed), *rest, output) for _ in range(copies)]
     turn = 0
 
     def call() -> None:
@@ -150,9 +146,7 @@ def beside(kernels: Sequence[Ready], turns: int) -> list[Ratio]:
     found = []
     for mine in taken:
         ratios = [first / other for first, other in zip(taken[0], mine, strict=True)]
-        low, median, high = (
-            statistics.quantiles(ratios, n=4, method="inclusive") if turns > 1 else ratios * 3
-        )
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if turns > 1 else ratios * 3
         found.append(Ratio(median, low, high))
     return found
 

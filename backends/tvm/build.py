@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from effic.backends.tvm.cpu import Cpu
     from effic.backends.tvm.relax_builder import Signature
     from effic.backends.tvm.targets import TvmCpu, TvmCuda
+    from effic.backends.tvm.tune_records import TunedKernels
 
 _MODEL, _INPUTS, _OUTPUTS = "model.onnx", "inputs.npz", "outputs.npz"
 # Beside the file, so that the child maps the weights instead of reading them.
@@ -92,11 +93,11 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     from effic.backends.tvm.relax_builder import build_relax
     from effic.backends.tvm.schedule.pipeline import compile_module
 
-    cpu, folder = backend.cpu(), request["folder"]
+    cpu, folder, options = backend.cpu(), request["folder"], backend.converter_options
     if request["inputs"] is not None:
-        _need_this_cpu(cpu)
+        need_this_cpu(cpu)
     clock.stage("lowering")
-    module, parameters, signature = build_relax(model, cpu, backend.shapes, backend.converter_options)
+    module, parameters, signature = build_relax(model, cpu, backend.shapes, options)
     clock.stage("compiling")
     executable, naive = compile_module(module, cpu)
     del module
@@ -107,7 +108,10 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     taken = {name for bucket in signature.buckets for name in bucket.parameters}
     weights = os.path.join(folder, PARAMETERS)
     write_safetensors(weights, {name: parameters.tensors[name] for name in sorted(taken)})
-    remarks = [{"kind": r.kind, "where": r.where, "text": r.text} for r in _remarks(signature, naive)]
+    remarks = [
+        {"kind": r.kind, "where": r.where, "text": r.text}
+        for r in _remarks(signature, naive, options["tuned"])
+    ]
     del parameters
     manifest = _manifest(folder, model, backend, cpu, signature, request["source"])
     manifest.write(folder)
@@ -142,14 +146,23 @@ class _Clock:
             self.seconds[self._name] = time.perf_counter() - self._began
 
 
-def _need_this_cpu(cpu: Cpu) -> None:
+def need_this_cpu(cpu: Cpu, purpose: str = "checked") -> None:
+    """Refuse what has to be run here when the code is for another CPU.
+
+    Raises:
+        NotMeasuredError: it needs what this machine lacks.
+    """
     from tvm.target import codegen
 
     reason = why_not_here(str(codegen.llvm_get_system_triple()), features_of(cpu.mcpu))
     if reason is not None:
+        advice = (
+            "give --check off to build it all the same, or name another mcpu"
+            if purpose == "checked"
+            else "name another mcpu, or tune on such a machine"
+        )
         raise NotMeasuredError(
-            f"a build for {cpu.mcpu} cannot be run here to be checked, as it {reason}; give --check off to build it "
-            "all the same, or name another mcpu"
+            f"a build for {cpu.mcpu} cannot be run here to be {purpose}, as it {reason}; {advice}"
         )
 
 
@@ -163,18 +176,28 @@ def _need_compiler() -> None:
         )
 
 
-def _remarks(signature: Signature, naive: Mapping[str, str]) -> list[Remark]:
-    """What each node of the first bucket became, and which functions have no schedule."""
+def _remarks(
+    signature: Signature, naive: Mapping[str, str], tuned: TunedKernels | None = None
+) -> list[Remark]:
+    """What each node of the first bucket became, which functions have no schedule, and which kernels no record."""
     remarks = Remarks()
     for way in signature.ways:
         where = f"{way.op} '{way.node}'"
         if way.kernels:
-            remarks.passed(where, f"runs on effic's {', '.join(way.kernels)}")
+            why = f" ({way.why})" if way.why else ""
+            remarks.passed(where, f"runs on effic's {', '.join(way.kernels)}{why}")
         else:
             whose = "effic's" if way.by == "effic" else "TVM's"
             remarks.passed(where, f"lowered by {whose} converter, fused and scheduled")
     for name, reason in naive.items():
         remarks.missed(name, f"left as naive loops: {reason}")
+    if tuned is not None:
+        called = {kernel for way in signature.ways for kernel in way.kernels}
+        for name in sorted(called & set(tuned.without)):
+            remarks.missed(
+                name,
+                f"not tuned: {tuned.folder} has no record of it for this CPU, number of threads and these versions",
+            )
     return remarks.items
 
 

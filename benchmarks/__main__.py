@@ -30,6 +30,7 @@ NAMES = (
     "prune_time",
     "plan",
     "tvm_kernels",
+    "cuda",
     "tvm_models",
 )
 

@@ -71,11 +71,14 @@ def _definition(node: ir.Node, opset: int) -> onnx.FunctionProto | None:
     else:
         return None
     made = {name for inner in body.node for name in inner.output} | set(body.input)
-    wanted = [name for name, value in zip(body.output, node.outputs, strict=False) if value.name]
-    if any(name not in made for name in wanted):
-        return None
     # The definition lists outputs that the node has not, and does not compute them.
-    del body.output[len(wanted) :]
+    named = [index for index, value in enumerate(node.outputs) if value.name]
+    del body.output[max(named, default=0) + 1 :]
+    for index, name in enumerate(body.output):
+        if name not in made and index in named:
+            return None
+        if name not in made:  # left out between others: anything will do in its place
+            body.node.append(onnx.helper.make_node("Identity", [body.input[0]], [name]))
     # The definition takes attributes by reference: those that the node leaves out have their defaults.
     for name, default in schema.attributes.items():
         if name not in node.attributes and default.default_value.type:

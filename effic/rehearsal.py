@@ -37,9 +37,9 @@ FEW = 2
 MOST_KINDS = 24
 """Kinds of weights that are tried; the smallest beyond them are taken together."""
 
-# Where weights are hardly alike, trying one of each kind is to do all the work: of more bytes than these the
-# largest few kinds are tried, and stand for the others by their elements.
-_TRIED_WHOLE = 32 << 20
+# Where weights are hardly alike, trying one of each kind is to do all the work: of more elements than these
+# the largest few kinds are tried, and stand for the others by their elements.
+_TRIED_WHOLE = 8 << 20
 _FEW_KINDS = 4
 
 _DIGITS = re.compile(r"\d+")
@@ -152,15 +152,14 @@ def rehearse(
     kinds = _kinds(before.model, items[first:])
     groups = sum(len(kind) for kind in kinds)
     names = [name for kind in kinds for group in kind for name in group]
+    elements = {site.name: site.elements for site in weight_sites(before.model)}
     if 2 * len(kinds) > groups:
-        stored = {site.name: site.elements * site.dtype.bitwidth // 8 for site in weight_sites(before.model)}
-        if sum(stored[name] for name in names) <= _TRIED_WHOLE:
+        if sum(elements[name] for name in names) <= _TRIED_WHOLE:
             return _joined(before, _whole(trial.run(before.model, items[first:])))
         kinds = _merged(kinds, _FEW_KINDS)
     none = trial.run(before.model, items[first:], leave=names)
     total = _whole(dataclasses.replace(none, parts=[_copied(part) for part in none.parts]))
     total.model, total.kinds, total.weights = None, len(kinds), len(names)
-    elements = {site.name: site.elements for site in weight_sites(before.model)}
     for number, kind in enumerate(kinds):
         tried = kind[0]
         tell(f"trying {tried[0]}", number, len(kinds))

@@ -17,12 +17,12 @@ from tests.effic.test_killed import Run, chain, content, server
 
 __all__ = ["server"]
 
-KILLS = 22
+KILLS = 20
 
 
 def test_killed_runs_go_on_until_the_same_bytes(server: tuple[Path, Run]) -> None:
     folder, run = server
-    chain(folder / "in.onnx", 0, layers=4, width=64)
+    chain(folder / "in.onnx", 0, layers=3, width=64)
     np.savez(folder / "c.npz", h0=np.random.default_rng(1).standard_normal((16, 64)).astype(np.float32))
     passes = "prune-sparsegpt,eliminate-identities,quantize-gptq{group_size=32}"
     # What checks keep is looked at elsewhere: here the time goes to the moments of killing.
@@ -42,6 +42,10 @@ def test_killed_runs_go_on_until_the_same_bytes(server: tuple[Path, Run]) -> Non
             # Long before the end at first, as it is with runs that get killed; most of them while they work.
             kind, most = ("seconds", 1.0) if rng.random() < 0.2 else ("writing", 0.6)
             code = run({kind: rng.uniform(0, most * whole["seconds"])}, *argv, "out.onnx", "--resume")["code"]
+            if code == 2:  # killed behind the end of its work: there is nothing to go on with
+                assert output.exists()
+                assert not progress.exists()
+                break
             assert code in (0, -9)
             runs, kills = runs + 1, kills + (code == -9)
             within += code == -9 and bool(list(progress.glob("*-quantize-gptq-*")))

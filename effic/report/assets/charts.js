@@ -225,6 +225,7 @@ function treemaps(output) {
   const total = (sites, key) => sites.reduce((sum, site) => sum + (site[key] || 0), 0);
   const one = (heading, model, key, bits) => {
     const rest = Math.max(0, model.weight_bytes - total(output.sites, key));
+    if (!model.weight_bytes) return el("div", null, el("h3", null, heading), el("p", { class: "note" }, "It holds no weights."));
     return el("div", null, el("h3", null, heading),
       treemap(`${heading}, by module; the same figures are in the table of weights`,
         tree(output.sites, key, bits, rest, `all, ${size(model.weight_bytes)}`)));

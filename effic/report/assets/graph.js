@@ -171,7 +171,7 @@ function neighbourhoods(output, state) {
       canvas.scrollTop = Number(chosen.getAttribute("y")) + BOX.height / 2 - canvas.clientHeight / 2;
       if (focus && canvas.contains(chosen)) chosen.parentNode.focus({ preventScroll: true });
     }
-    status.textContent = `Around ${visible(names[0])}, ${plural(Number(steps.value), "step")} each way`;
+    status.replaceChildren("Around ", el("bdi", null, visible(names[0])), `, ${plural(Number(steps.value), "step")} each way`);
   }
   function choose(name, focus) {
     state.names = [name, name];

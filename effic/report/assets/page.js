@@ -9,7 +9,7 @@ function cards(output) {
   const card = (title, value, more, id) =>
     made.push(el("div", { id }, el("dt", null, title), el("dd", null, value), more ? el("dd", null, more) : null));
   const both = (title, key, text, id) =>
-    card(title, text(output[key]), reference ? `${text(reference[key])} before${reference[key] === output[key] ? "" : `, ${change(reference[key], output[key])}`}` : "", id);
+    card(title, text(output[key]), reference ? `${text(reference[key])} before${!reference[key] || reference[key] === output[key] ? "" : `, ${change(reference[key], output[key])}`}` : "", id);
   both("File", "file_bytes", size, "card-file");
   both("Weights", "weight_bytes", size, "card-weights");
   both("Parameters", "parameters", amount, "card-parameters");

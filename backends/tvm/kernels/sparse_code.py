@@ -21,6 +21,10 @@ from effic.backends.tvm.kernels.quantized_code import (
 )
 from effic.backends.tvm.kernels.sparse import FLOAT, WINDOW, SparseMatMul
 
+GATHERED_ROWS = 32
+"""Up to so many rows activations are gathered where more than 3 of 8 weights are kept: a permute takes as long
+as two multiply-adds, so that for more rows a decoded panel is the faster one."""
+
 _VPSHUFB = "llvm.x86.avx512.pshuf.b.512"
 
 
@@ -38,7 +42,10 @@ class _SparseCode(QuantizedCode):
     def __init__(self, spec: SparseMatMul, cpu: Cpu, T: Any) -> None:
         super().__init__(spec, cpu, T)
         self.integers = spec.rounds
-        self.direct = self.integers or self.avx512 or spec.m <= DIRECT_ROWS
+        most = DIRECT_ROWS
+        if self.avx512:
+            most = GATHERED_ROWS if spec.kept * 8 > spec.of * 3 else spec.m
+        self.direct = self.integers or spec.m <= most
 
     # -- the function -----------------------------------------------------------------------------
 

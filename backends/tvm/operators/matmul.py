@@ -42,8 +42,12 @@ def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
     turned = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
     x = lowering.value(left)
     if lowering.cpu is not None and not turned and dtype_of(x) in ("float32", "float16"):
+        from effic.backends.tvm.operators.matmul_sparse import product_on_sparse
+
         tail = _Tail(lowering, node, linear)
-        result = _on_codes(lowering, x, right, linear, tail)
+        result = product_on_sparse(lowering, x, right, linear, tail)
+        if result is None:
+            result = _on_codes(lowering, x, right, linear, tail)
         if result is None:
             result = _on_panels(lowering, x, right, linear, tail)
         if result is not None:

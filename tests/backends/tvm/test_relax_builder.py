@@ -14,7 +14,7 @@ pytest.importorskip("tvm", reason="needs the tvm extra")
 
 from effic.backends.tvm.coverage import coverage
 from effic.backends.tvm.operators import CONVERTERS
-from effic.backends.tvm.relax_builder import build_relax
+from effic.backends.tvm.relax_builder import build_relax, try_bucket
 from effic.backends.tvm.specialize import open_dims, parse_shapes, specialize
 from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.evaluate import Oracle, compare_outputs
@@ -281,3 +281,44 @@ def test_operators(text: str, weights: dict[str, np.ndarray]) -> None:
     distance = compare_outputs(Oracle(model).run(feeds), Lowered(model).run(feeds))
     assert distance.shape_mismatch is None
     assert distance.max_rel < TOLERANCE
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "passes", ["canonicalize-linear", "canonicalize-linear,quantize-rtn{bits=4,group_size=16}"]
+)
+def test_a_trial_packs_nothing(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effic.backends.tvm.kernels.dense import DenseMatMul
+    from effic.backends.tvm.kernels.quantized import QuantizedMatMul
+
+    model = Model(BUILDERS["encoder"]())
+    run_passes(model, parse_passes(passes), check="off")
+    packed: list[str] = []
+
+    def counted(pack: Any) -> Any:
+        def count(*given: Any) -> Any:
+            packed.append(given[0].name)
+            return pack(*given)
+
+        return count
+
+    for spec in (DenseMatMul, QuantizedMatMul):
+        monkeypatch.setattr(spec, "pack", counted(spec.pack))
+    sizes = dict.fromkeys(open_dims(model), 2)
+    assert try_bucket(model, sizes, CPU) == []
+    assert not packed
+    build_relax(model, CPU, ",".join(f"{name}=2" for name in sizes))
+    assert packed
+
+
+def test_large_packed_weights_lie_in_files() -> None:
+    weight = normal(512, 1024)
+    made = net("(float[2,512] x) => (float[2,1024] y) { y = MatMul(x, w) }", w=weight)
+    _, parameters, _ = build_relax(made, CPU)
+    (tensor,) = parameters.tensors.values()
+    assert isinstance(tensor, ir.ExternalTensor)
+    (array,) = parameters.values()
+    assert not array.flags.owndata
+    np.testing.assert_array_equal(np.sort(array, axis=None), np.sort(weight, axis=None))

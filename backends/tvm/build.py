@@ -91,13 +91,14 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     backend: TvmCpu = get_backend(request["target"])  # type: ignore[assignment]
     _need_compiler()
     from effic.backends.tvm.relax_builder import build_relax
-    from effic.backends.tvm.schedule.pipeline import compile_module
+    from effic.backends.tvm.schedule.pipeline import called_functions, compile_module
 
     cpu, folder, options = backend.cpu(), request["folder"], backend.converter_options
     if request["inputs"] is not None:
         need_this_cpu(cpu)
     clock.stage("lowering")
     module, parameters, signature = build_relax(model, cpu, backend.shapes, options)
+    called = called_functions(module) if options["tuned"] else {}
     clock.stage("compiling")
     executable, naive = compile_module(module, cpu)
     del module
@@ -110,7 +111,7 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     write_safetensors(weights, {name: parameters.tensors[name] for name in sorted(taken)})
     remarks = [
         {"kind": r.kind, "where": r.where, "text": r.text}
-        for r in _remarks(signature, naive, options["tuned"])
+        for r in _remarks(signature, naive, options["tuned"], called)
     ]
     del parameters
     manifest = _manifest(folder, model, backend, cpu, signature, request["source"])
@@ -177,9 +178,13 @@ def _need_compiler() -> None:
 
 
 def _remarks(
-    signature: Signature, naive: Mapping[str, str], tuned: TunedKernels | None = None
+    signature: Signature,
+    naive: Mapping[str, str],
+    tuned: TunedKernels | None = None,
+    called: Mapping[str, int] | None = None,
 ) -> list[Remark]:
-    """What each node of the first bucket became, which functions have no schedule, and which kernels no record."""
+    """What each node of the first bucket became, which functions have no schedule, and which of the kernels that
+    are ``called`` have no record."""
     remarks = Remarks()
     for way in signature.ways:
         where = f"{way.op} '{way.node}'"
@@ -192,8 +197,7 @@ def _remarks(
     for name, reason in naive.items():
         remarks.missed(name, f"left as naive loops: {reason}")
     if tuned is not None:
-        called = {kernel for way in signature.ways for kernel in way.kernels}
-        for name in sorted(called & set(tuned.without)):
+        for name in sorted(set(called or ()) & set(tuned.without)):
             remarks.missed(
                 name,
                 f"not tuned: {tuned.folder} has no record of it for this CPU, number of threads and these versions",

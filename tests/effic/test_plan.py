@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from effic.fit import Need, Room, least_need, misfits
 from effic.ir.errors import DoesNotFitError, UsageError
+from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
+from effic.ir.weights import WeightSite, weight_sites
 from effic.models.large import llama_like_file
 from effic.optimize import optimize
 from effic.passes.spec import parse_passes
@@ -40,11 +43,11 @@ def child(what: str, options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A decoder of 120 MB with five like layers or more, and token ids for it."""
+    """A decoder of 80 MB with four like layers or more, and token ids for it."""
     folder = tmp_path_factory.mktemp("llama")
-    path = llama_like_file(folder / "m.onnx", 0.12, dim=512, hidden=1376, heads=8, vocab=4000)
+    path = llama_like_file(folder / "m.onnx", 0.08, dim=512, hidden=1376, heads=8, vocab=4000)
     ids = folder / "ids.npy"
-    np.save(ids, np.random.default_rng(0).integers(0, 4000, 8 * 32))
+    np.save(ids, np.random.default_rng(0).integers(0, 4000, 4 * 32))
     return path, ids
 
 
@@ -65,7 +68,9 @@ def held(options: dict[str, Any], tmp_path: Path) -> None:
     [
         ("fuse-conv-bn,eliminate-dead-code", "each"),
         ('quantize-rtn{bits=8,overrides=["layers.0.*=4"]},eliminate-dead-code', "off"),
-        ("prune-magnitude,compress-nm", "off"),
+        # What the runtime works out of compressed weights and what it keeps of codes are the checks' doing.
+        ("prune-magnitude,compress-nm", "each"),
+        ("quantize-rtn{bits=8}", "each"),
     ],
 )
 def test_a_large_model_takes_what_was_promised(
@@ -74,12 +79,58 @@ def test_a_large_model_takes_what_was_promised(
     held({"source": str(llama[0]), "passes": passes, "check": check}, tmp_path)
 
 
-@pytest.mark.parametrize("passes", ["prune-wanda"])
+@pytest.mark.parametrize("passes", ["quantize-gptq"])
 def test_calibrated_passes_take_what_was_promised(
     passes: str, llama: tuple[Path, Path], tmp_path: Path
 ) -> None:
     options = {"source": str(llama[0]), "passes": passes, "check": "off"}
     held({**options, "calib": str(llama[1]), "calib_window": 32}, tmp_path)
+
+
+def test_merging_an_adapter_takes_what_was_promised(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, rng = tmp_path / "adapter", np.random.default_rng(0)
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    names = (f"base_model.model.layers.{layer}.self_attn.q_proj.lora_" for layer in (0, 1, 2))
+    arrays = {
+        f"{name}{half}.weight": rng.normal(size=shape).astype(np.float32)
+        for name in names
+        for half, shape in (("A", (4, 512)), ("B", (512, 4)))
+    }
+    save_file(arrays, folder / "adapter_model.safetensors")
+    held({"source": str(llama[0]), "passes": f"merge-lora{{adapters=[{folder}]}}", "check": "each"}, tmp_path)
+
+
+def test_weights_of_many_shapes_are_not_all_tried(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effic.rehearsal._kinds", lambda model, items: [[(s.name,)] for s in large(model)])
+    few = plan(llama[0], "quantize-rtn", check="off")
+    assert any("weights are of 4 kinds or more" in note for note in few.notes)
+    monkeypatch.undo()
+    alike = plan(llama[0], "quantize-rtn", check="off")
+    assert few.file == pytest.approx(alike.file, rel=0.05)
+    assert few.steps[0].sites == alike.steps[0].sites
+
+
+def large(model: Model) -> list[WeightSite]:
+    """Weights that the pass would quantize, the largest first."""
+    found = [site for site in weight_sites(model, ("MatMul",)) if site.elements > 100_000]
+    return sorted(found, key=lambda site: -site.elements)
+
+
+def test_what_is_kept_to_resume_needs_room_beside_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.onnx"
+    monkeypatch.setattr("effic.fit._free", lambda folder: 800_000)
+    assert plan(DIGITS, "quantize-easyquant", output=output).misfits == []
+    found = plan(DIGITS, "quantize-easyquant{kinds=[Conv,Gemm,MatMul]}", output=output, resume=True)
+    assert any(note.startswith("--resume keeps up to 0.") for note in found.notes)
+    monkeypatch.setattr("effic.fit._free", lambda folder: found.file + found.temporary + 1000)
+    assert plan(DIGITS, "quantize-easyquant{kinds=[Conv,Gemm,MatMul]}", output=output).misfits == []
+    assert plan(DIGITS, "quantize-easyquant{kinds=[Conv,Gemm,MatMul]}", output=output, resume=True).misfits
 
 
 def test_a_small_convolutional_model_takes_what_was_promised(tmp_path: Path) -> None:

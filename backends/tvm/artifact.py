@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -40,6 +41,9 @@ _BIG_CORES = 1
 """TVM's word for "the fastest cores" in the configuration of its threads."""
 
 _used = threading.local()
+
+_opened: dict[str, str] = {}
+"""Libraries that this process has opened, by path: their digests."""
 
 
 class TvmArtifact(Artifact):
@@ -98,9 +102,7 @@ class TvmArtifact(Artifact):
 
         device = tvm.cpu() if manifest.device == "cpu" else _gpu(name, manifest, tvm)
         try:
-            machine = VirtualMachine(
-                tvm.runtime.load_module(os.path.join(os.path.abspath(name), LIBRARY)), device
-            )
+            machine = VirtualMachine(_library(name, manifest, tvm), device)
             functions = [machine[bucket.entry] for bucket in manifest.buckets]
         except (RuntimeError, ValueError, AttributeError, OSError) as error:
             raise InvalidModelError(f"TVM cannot load {name}: {_first_line(error)}") from error
@@ -242,6 +244,16 @@ def _reserve(threads: int) -> None:
             f"{_THREADS} is {text}, and {threads} threads are wanted; set it before the process first uses TVM, "
             "or leave it out"
         )
+
+
+def _library(path: str, manifest: Manifest, tvm: ModuleType) -> Any:
+    """The library as it is now. A process gets what it has opened under a name again under that name, though
+    another build lies there by now: that one is opened as a copy, whose name nobody had."""
+    name, digest = os.path.join(os.path.realpath(path), LIBRARY), manifest.library[1]
+    if _opened.setdefault(name, digest) == digest:
+        return tvm.runtime.load_module(name)
+    with tempfile.TemporaryDirectory(prefix="effic-tvm-") as scratch:
+        return tvm.runtime.load_module(shutil.copy(name, scratch))
 
 
 def _same_library(folder: str, manifest: Manifest) -> None:

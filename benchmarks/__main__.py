@@ -30,6 +30,7 @@ NAMES = (
     "prune_time",
     "plan",
     "tvm_kernels",
+    "tvm_quality",
     "cuda",
     "tvm_models",
 )

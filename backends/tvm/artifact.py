@@ -184,6 +184,11 @@ class TvmArtifact(Artifact):
                     f"the input '{port.name}' is {array.dtype}, and the artifact takes {port.dtype}; "
                     "convert it"
                 )
+            if not array.size:
+                # Kernels are made for some; with an open batch, none would pass for a size as any other.
+                raise UsageError(
+                    f"the input '{port.name}' has no elements (its shape is {list(array.shape)}); give it some"
+                )
             feeds.append(array)
         shapes = [array.shape for array in feeds]
         for entry in self._entries:

@@ -99,7 +99,7 @@ def test_several_sizes_of_a_transformer(paths: dict[str, Path], tmp_path: Path) 
         assert compare_outputs(oracle.run(feeds), artifact.run(feeds)).max_rel < TOLERANCE
     for batch, length in ((2, 64), (8, 17), (0, 64)):
         feeds = {name: np.ones((batch, length), np.int64) for name in ("input_ids", "attention_mask")}
-        with pytest.raises(UsageError, match=r"batch=8,sequence=64|shape"):
+        with pytest.raises(UsageError, match=r"other shapes|no elements"):
             artifact.run(feeds)
 
 

@@ -188,7 +188,7 @@ def _for_tvm(name: str, source: Path, path: Path, target: str = "tvm-cpu") -> Fo
     from effic.backends import get_backend
     from effic.ir.onnx_format import read_onnx
 
-    built = get_backend(target).build(read_onnx(source), path)  # type: ignore[attr-defined]
+    built = get_backend(target).build(read_onnx(source), path)
     size = sum(p.stat().st_size for p in path.iterdir())
     return Form(name, path, built.seconds, built.peak_memory, size, built.stages)
 

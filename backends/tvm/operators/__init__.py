@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from effic.backends.tvm.lowering import Converter, Lowering
 
 CONVERTERS: dict[str, str] = {
+    "BatchNormalization": "refused:batch_normalization",
     "BitShift": "elementwise:bit_shift",
     "CastLike": "elementwise:cast_like",
     "Compress": "refused:data_dependent",
@@ -43,6 +44,7 @@ CONVERTERS: dict[str, str] = {
     "QuantizeLinear": "quantization:quantize_linear",
     "RMSNormalization": "normalization:rms_normalization",
     "RNN": "recurrent:recurrent",
+    "Range": "refused:range_",
     "ReduceL1": "reduction:of_no_axes",
     "ReduceL2": "reduction:of_no_axes",
     "ReduceLogSum": "reduction:of_no_axes",

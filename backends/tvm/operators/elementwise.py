@@ -84,7 +84,7 @@ def mod(lowering: Lowering, node: ir.Node) -> None:
     """Mod; ``fmod`` has the sign of the dividend, and is the dividend where the divisor is infinite."""
     x, y = (lowering.tensor(value) for value in node.inputs)
     dtype = dtype_of(x)
-    if not dtype.startswith("float") or not node.attributes.get_int("fmod", 0):
+    if not dtype.startswith("float"):
         by_importer(lowering, node)
         return
     emit = lowering.emit
@@ -92,7 +92,13 @@ def mod(lowering: Lowering, node: ir.Node) -> None:
     rest = emit(relax.op.subtract(x, relax.op.multiply(quotient, y)))
     infinite = emit(relax.op.equal(relax.op.abs(y), relax.const(np.inf, dtype)))
     finite = emit(relax.op.less(relax.op.abs(x), relax.const(np.inf, dtype)))
-    lowering.set(node.outputs[0], relax.op.where(emit(relax.op.logical_and(infinite, finite)), x, rest))
+    rest = emit(relax.op.where(emit(relax.op.logical_and(infinite, finite)), x, rest))
+    if not node.attributes.get_int("fmod", 0):
+        # The sign of the divisor.
+        zero = relax.const(0, dtype)
+        other = emit(relax.op.less(emit(relax.op.multiply(relax.op.sign(rest), relax.op.sign(y))), zero))
+        rest = emit(relax.op.where(other, emit(relax.op.add(rest, y)), rest))
+    lowering.set(node.outputs[0], rest)
 
 
 def pow_(lowering: Lowering, node: ir.Node) -> None:

@@ -13,6 +13,18 @@ def data_dependent(lowering: Lowering, node: ir.Node) -> None:
     lowering.refuse(node, "has outputs whose size depends on the values of its inputs")
 
 
+def range_(lowering: Lowering, node: ir.Node) -> None:
+    """Range that is left when sizes are fixed and constants are folded."""
+    lowering.refuse(node, "counts to a number that depends on the values of its inputs")
+
+
+def batch_normalization(lowering: Lowering, node: ir.Node) -> None:
+    """BatchNormalization by the statistics of a trained model."""
+    if node.attributes.get_int("training_mode", 0):
+        lowering.refuse(node, "takes the statistics of its input, as in training")
+    by_importer(lowering, node)
+
+
 def roi_align(lowering: Lowering, node: ir.Node) -> None:
     """RoiAlign takes the mean of its samples here."""
     if node.attributes.get_string("mode", "avg") != "avg":

@@ -14,6 +14,7 @@ panel of 2 vectors by K of the right side is read once per 4 rows from the secon
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -173,7 +174,7 @@ def _merged(axes: list[Axis], nodes: list[Any]) -> tuple[list[Axis], list[Any]]:
 
 def nest(block: Block, cpu: Cpu) -> Any:
     """The statement that runs one block."""
-    block = _simplified(block)
+    block = _from_infinity(_simplified(block))
     if not block.reduced:
         if isinstance(block.body, tirx.BufferStore):
             return _spatial(block, cpu)
@@ -181,6 +182,25 @@ def nest(block: Block, cpu: Cpu) -> Any:
     if isinstance(block.body, tirx.BufferStore) and isinstance(block.init, tirx.BufferStore):
         return _reduction(block, cpu)
     return _plain(block, cpu)
+
+
+def _from_infinity(block: Block) -> Block:
+    """The block, a maximum or minimum starting from infinity: TVM's start from the outermost finite number,
+    which is what a row of infinities would yield."""
+    init, body = block.init, block.body
+    if not isinstance(init, tirx.BufferStore) or not isinstance(body, tirx.BufferStore):
+        return block
+    if not isinstance(init.value, tirx.FloatImm) or not isinstance(body.value, (tirx.Max, tirx.Min)):
+        return block
+    start = _outermost(type(body.value), str(init.buffer.dtype))
+    return replace(block, init=tirx.BufferStore(init.buffer, start, list(init.indices)))
+
+
+def _outermost(kind: type, dtype: str) -> Any:
+    """What a maximum or minimum of nothing is."""
+    if dtype.startswith("float"):
+        return tirx.const(-math.inf if kind is tirx.Max else math.inf, dtype)
+    return tirx.min_value(dtype) if kind is tirx.Max else tirx.max_value(dtype)
 
 
 def _simplified(block: Block) -> Block:
@@ -434,8 +454,8 @@ class _Reduction:
         identity = {
             tirx.Add: lambda: tirx.const(0, self.dtype),
             tirx.Mul: lambda: tirx.const(1, self.dtype),
-            tirx.Max: lambda: tirx.min_value(self.dtype),
-            tirx.Min: lambda: tirx.max_value(self.dtype),
+            tirx.Max: lambda: _outermost(tirx.Max, self.dtype),
+            tirx.Min: lambda: _outermost(tirx.Min, self.dtype),
         }[self.kind]()
         steps = []
         for u in range(vectors):

@@ -262,6 +262,14 @@ def test_nan_passes_the_largest_and_the_smallest(host: Cpu, name: str, axes: lis
     np.testing.assert_array_equal(run(pairs, host, x, y), getattr(np, f"{name}imum")(x, y))
 
 
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_rows_of_infinities_stay_infinite(host: Cpu, name: str) -> None:
+    x = np.full((3, 40), -np.inf if name == "max" else np.inf, np.float32)
+    for axis in (0, 1):
+        got = run(module_of(lambda a, axis=axis: getattr(op, name)(a, axis), x.shape), host, x)
+        np.testing.assert_array_equal(got, getattr(np, name)(x, axis))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_where_the_largest_is(host: Cpu, axis: int) -> None:
     x = random(0, 33, 50)

@@ -7,7 +7,7 @@ are larger than any cache. GB/s counts the packed weight, read once; it is set a
 reads from memory (cold) in a plain sum. Other families of kernels add rows: see :class:`Subject`.
 
     python -m benchmarks tvm_kernels
-    python -m benchmarks.tvm_kernels [SIZE …]
+    python -m benchmarks.tvm_kernels [SIZE …] [quantized] [sparse]
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ def main(sizes: Sequence[int] = ()) -> None:
     os.environ.setdefault("TVM_NUM_THREADS", "1")
     print(machine("apache-tvm", "onnxruntime", "numpy"))
     print(f"This core reads {bandwidth():.1f} GB/s from memory.")
-    for size, rows in itertools.product(sizes, ROWS):
-        measure(quantized_subjects(), size, rows)
+    families = {"quantized": quantized_subjects(), "sparse": sparse_subjects()}
+    chosen = [name for name in families if name in sys.argv] or list(families)
+    for name, size, rows in itertools.product(chosen, sizes, ROWS):
+        measure(families[name], size, rows)
 
 
 def measure(subjects: Sequence[Subject], size: int, rows: int) -> None:
@@ -115,9 +117,10 @@ def _turns(calls: dict[str, list[Call]], rounds: int) -> dict[str, list[float]]:
 
 
 def references() -> tuple[Subject, ...]:
-    """ONNX Runtime's fp32 product and its 4-bit kernel, with fp32 (0) and int8 (4) activations."""
+    """effic's dense product; ONNX Runtime's, and its 4-bit kernel with fp32 (0) and int8 (4) activations."""
     return (
         Subject("ORT fp32", _ort_fp32),
+        Subject("dense", _dense),
         Subject("ORT 4-bit level 0", lambda rows, size, copies: _ort_nbits(rows, size, copies, 0)),
         Subject("ORT 4-bit level 4", lambda rows, size, copies: _ort_nbits(rows, size, copies, 4)),
     )
@@ -239,6 +242,51 @@ def _quantized(fields: dict[str, Any], rows: int, size: int, copies: int) -> tup
         places = np.sort(rng.choice(size * size, count, replace=False))
         outliers = Outliers(*np.divmod(places, size), rng.standard_normal(count).astype(np.float32))
     return kernel_calls(spec, spec.pack(codes, scales, zeros, outliers), rows, size, copies)
+
+
+def sparse_subjects() -> tuple[Subject, ...]:
+    """The forms of ``backends/tvm/kernels/sparse.py``."""
+
+    def subject(name: str, pattern: str, bits: int, **fields: Any) -> Subject:
+        return Subject(name, lambda rows, size, copies: _sparse(pattern, bits, fields, rows, size, copies))
+
+    int8 = {"activations": "int8"}
+    return (
+        subject("2:4 fp32", "2:4", 32),
+        subject("2:4 int8, fp32", "2:4", 8),
+        subject("2:4 int8, int8", "2:4", 8, **int8),
+        subject("2:4 int4 per 128, fp32", "2:4", 4, group_size=BLOCK),
+        subject("1:4 fp32", "1:4", 32),
+        subject("1:4 int8, fp32", "1:4", 8),
+        subject("1:4 int8, int8", "1:4", 8, **int8),
+        subject("2:8 int8, fp32", "2:8", 8),
+    )
+
+
+def _sparse(
+    text: str, bits: int, fields: dict[str, Any], rows: int, size: int, copies: int
+) -> tuple[list[Call], int]:
+    from effic.backends.tvm.kernels.sparse import FLOAT, SparseMatMul
+    from effic.ir.sparsity import Pattern, nm_mask
+
+    pattern = Pattern.parse(text)
+    spec = SparseMatMul(rows, size, size, bits=bits, kept=pattern.n, of=pattern.m, **fields)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((size, size), np.float32)
+    weight *= nm_mask(rng.random((size, size), np.float32), pattern, axis=0)
+    if bits == FLOAT:
+        return kernel_calls(spec, spec.pack(weight), rows, size, copies)
+    codes = np.clip(np.rint(weight * (spec.middle / 4)), -spec.middle, spec.middle - 1).astype(np.int8)
+    scales = rng.random((size, spec.k_groups), np.float32)
+    return kernel_calls(spec, spec.pack(codes, scales), rows, size, copies)
+
+
+def _dense(rows: int, size: int, copies: int) -> tuple[list[Call], int]:
+    from effic.backends.tvm.kernels.dense import DenseMatMul
+
+    spec = DenseMatMul(rows, size, size)
+    weight = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    return kernel_calls(spec, spec.pack(weight), rows, size, copies)
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def test_where_other_kernels_are_faster() -> None:
     ("build", "passes", "options", "told"),
     [
         (encoder, "canonicalize-linear,prune-magnitude{n=2,m=4},compress-nm", {}, "2:4, fp32 values, sparse kernel"),
-        (llama, "prune-magnitude{n=2,m=4},quantize-rtn{bits=4,axis=ic,group_size=64}", {}, "2:4, int4"),
+        (llama, "prune-magnitude{n=2,m=4},quantize-rtn{bits=4,axis=ic,group_size=64},compress-nm", {}, "2:4, int4"),
         (llama, "prune-magnitude{n=2,m=4},quantize-rtn{bits=8}", {"activations": "int8"}, "2:4, int8"),
     ],
 )  # fmt: skip

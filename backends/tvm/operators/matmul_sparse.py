@@ -118,8 +118,8 @@ def product_on_sparse(
     tail.read(spec.n, activations=False)
     bias = tail.bias
     spec = replace(spec, bias=bias is not None)
-    key = ("sparse", fingerprint(right), linear.transposed, linear.alpha, tail.key if spec.bias else ())
-    packed = lowering.packed(spec, key, weight.names[0], lambda: weight.pack(spec, bias))
+    whole = ("sparse", fingerprint(right), linear.transposed, linear.alpha, tail.key if spec.bias else ())
+    packed = lowering.packed(spec, whole, weight.names[0], lambda: weight.pack(spec, bias))
     lowering.tell(f"{what}, sparse kernel")
     return tail.finish(run_kernel(lowering, spec, x, packed, rows[0]))
 
@@ -157,7 +157,8 @@ def why_slower(spec: SparseMatMul, cpu: Cpu, compressed: bool) -> str | None:
 
 
 def _plain(right: ir.Value, linear: Linear, rows: int) -> _Weight | None:
-    tensor, stored, names = constant_tensor(right), None, (right.name or "weight",)
+    tensor, stored = constant_tensor(right), None
+    names: tuple[str, ...] = (right.name or "weight",)
     if tensor is None:
         compressed = recognise_compressed(right)
         if compressed is None:

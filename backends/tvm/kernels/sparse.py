@@ -227,7 +227,7 @@ class SparseMatMul(QuantizedMatMul):
             values[block], places[block] = self._words_of(kept), self._places(where)
             if self.rounds:
                 sums[block] = kept.reshape(self.segments, -1, COLUMNS).sum(axis=1, dtype=np.int32) * -128
-        packed = [values, places]
+        packed: list[np.ndarray] = [values, places]
         if scales is not None:
             packed.append(self._per_group(np.asarray(scales, np.float32)))
         if self.rounds:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Recurrent:
         clip: bound of what goes into activations, 0 for none.
     """
 
-    cell: Literal["LSTM", "GRU", "RNN"]
+    cell: str
     steps: int
     batch: int
     hidden: int
@@ -91,6 +91,8 @@ class Recurrent:
 
     def why_not(self) -> str | None:
         """What the family cannot hold, as a sentence."""
+        if self.cell not in GATES:
+            return f"the cell '{self.cell}' is none of {', '.join(GATES)}"
         if min(self.steps, self.batch, self.hidden) < 1:
             return "a sequence of no elements"
         if unknown := [name for name in self.activations if name not in ACTIVATIONS]:

@@ -99,7 +99,9 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     executable.export_library(os.path.join(folder, LIBRARY))
     clock.stage("writing the weights")
     taken = {name for bucket in signature.buckets for name in bucket.parameters}
-    write_safetensors(os.path.join(folder, PARAMETERS), {name: parameters[name] for name in sorted(taken)})
+    write_safetensors(
+        os.path.join(folder, PARAMETERS), {name: parameters.tensors[name] for name in sorted(taken)}
+    )
     remarks = Remarks()
     remarks.items += cpu_build._remarks(signature, {})
     del parameters

@@ -171,7 +171,7 @@ def compile_for_gpu(module: Any, gpu: Gpu) -> Any:
         *cuda_pipeline.finalize_passes(target),
     ]
 
-    @tvm.transform.module_pass(opt_level=0, name="effic.CudaPipeline")
+    @tvm.transform.module_pass(opt_level=0, name="effic.CudaPipeline")  # type: ignore[untyped-decorator]
     def pipeline(module: Any, _context: Any) -> Any:
         with target:
             return tvm.transform.Sequential(before)(module)

@@ -48,8 +48,10 @@ class TvmCpu(Backend):
         "fp32",
         help="int8: activations of quantized weights rounded to 8 bits at every call (faster, less exact)",
     )
+    tuned: str = option(
+        "", help="folder of records of effic tune; kernels are made as was measured to be best"
+    )
 
-    tuned: str = option("", help="folder of records of effic tune; kernels are made as was measured to be best")
     def cpu(self) -> Cpu:
         """The CPU that code is made for.
 

@@ -233,12 +233,12 @@ class Tuner:
             if task.key not in self.records.bases:
                 tell("timing the kernels as they are", done, total)
                 self._base(task)
-        while trials > 0 and (task := self._next()) is not None:
-            batch = self._candidates(task)[: min(BATCH, trials)]
+        while trials > 0 and (best := self._next()) is not None:
+            batch = self._candidates(best)[: min(BATCH, trials)]
             for number, tile in enumerate(batch):
                 tell(f"kernels {self._speedup():.2f}x", done + number, total)
-                self._compile(task, tile)
-            self._compare(task)
+                self._compile(best, tile)
+            self._compare(best)
             trials, done = trials - len(batch), done + len(batch)
         tell(f"kernels {self._speedup():.2f}x", done, total)
         return sum(len(self._candidates(task)) for task in self.tasks)

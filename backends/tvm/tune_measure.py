@@ -63,6 +63,7 @@ class Ready:
 def raw_weights(spec: Any, seed: int = 0) -> list[np.ndarray]:
     """Seeded weights as a model has them, to pack; none where both operands are activations."""
     rng = np.random.default_rng(seed)
+    shapes: list[tuple[int, ...]]
     if isinstance(spec, DenseMatMul):
         shapes, outputs = [(spec.k, spec.n)], spec.n
     elif isinstance(spec, Conv2d):

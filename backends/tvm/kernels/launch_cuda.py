@@ -134,14 +134,11 @@ class SerialLaunch(Launch):
         others = self.registers(count)
         offset = WARP // 2
         while offset:
-            for phase in (
-                lambda thread, i, offset=offset: others.set(
-                    thread, i, values.get(T.bitwise_xor(thread, T.int32(offset)), i)
-                ),
-                lambda thread, i: values.set(thread, i, values.get(thread, i) + others.get(thread, i)),
-            ):
-                with T.serial(self.threads) as thread, T.serial(count) as i:
-                    phase(thread, i)
+            # All threads read what the others hold before any of them adds.
+            with T.serial(self.threads) as thread, T.serial(count) as i:
+                others.set(thread, i, values.get(T.bitwise_xor(thread, T.int32(offset)), i))
+            with T.serial(self.threads) as thread, T.serial(count) as i:
+                values.set(thread, i, values.get(thread, i) + others.get(thread, i))
             offset //= 2
 
     def mma(self, a: Registers, a_at: int, b: Registers, b_at: int, c: Registers, c_at: int) -> None:

@@ -77,7 +77,7 @@ def compare(
     bounds = Bounds(max_abs, rtol, min_sqnr, min_cosine, min_top1)
     wanted = accuracy(scoring)
     if (b is None) == (backends is None):
-        raise UsageError(
+        raise click.UsageError(
             "name a second model, or two targets with --backends ort-cpu,tvm-cpu; one of the two"
         )
     if taps and backends is None:

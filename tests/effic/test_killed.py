@@ -180,7 +180,7 @@ def test_files_of_a_run_that_lives_are_no_leftovers(tmp_path: Path) -> None:
 def test_nothing_appears_when_the_writing_fails(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
 
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise OSError(28, "No space left on device")
 
     def write() -> None:

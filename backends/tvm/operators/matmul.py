@@ -51,7 +51,7 @@ def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
         if result is None:
             result = _on_panels(lowering, x, right, linear, tail)
         if result is not None:
-            lowering.set(tail.output, result)
+            tail.set(result)
             return
         if node.op_type == "MatMul":
             result = attention(lowering, node)
@@ -66,7 +66,7 @@ def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
         tail = _Tail(lowering, node, linear)
         result = product_on_gpu(lowering, x, right, linear, tail)
         if result is not None:
-            lowering.set(tail.output, result)
+            tail.set(result)
             return
     lowering.set(node.outputs[0], _plain(lowering, node, x, linear, turned))
 
@@ -100,6 +100,7 @@ class _Tail:
 
     Attributes:
         output: what the kernel's result is the value of.
+        passed: values on the way there, which nobody else reads.
         bias: ``[N]`` fp32, or None.
         rest: Gemm's C where it is no bias of the kernel's, with its factor: added afterwards.
         activation: ``relu`` or None.
@@ -110,14 +111,19 @@ class _Tail:
     linear: Linear
 
     def __post_init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.output = self.node.outputs[0]
+        self.passed: list[ir.Value] = []
         self.bias: np.ndarray | None = None
         self.key: tuple[object, ...] = ()
         self.rest: ir.Value | None = None
         self.activation: str | None = None
 
     def read(self, outputs: int, *, activations: bool) -> None:
-        """Look at what follows, once the kernel's N is known."""
+        """Look at what follows, once the kernel's N is known; another kernel may have looked before."""
+        self._begin()
         c = self.node.inputs[2] if len(self.node.inputs) > 2 else None
         if c is not None and self.linear.beta != 0:
             self.bias = _row(c, outputs)
@@ -137,11 +143,21 @@ class _Tail:
             self.bias = None if other is self.output else _row(other, outputs)
             if self.bias is not None:
                 self.key = (id(constant_tensor(other)), 1.0)
-                self.output = following.outputs[0]
+                self._go_on(following)
                 following = sole_consumer(self.output)
         if activations and following is not None and following.op_type == "Relu" and not following.domain:
             self.activation = "relu"
-            self.output = following.outputs[0]
+            self._go_on(following)
+
+    def _go_on(self, node: ir.Node) -> None:
+        self.passed.append(self.output)
+        self.output = node.outputs[0]
+
+    def set(self, result: Any) -> None:
+        """The kernel's result; the values passed count as made."""
+        self.lowering.set(self.output, result)
+        for value in self.passed:
+            self.lowering.set(value, self.lowering.value(self.output))
 
     def finish(self, y: Any) -> Any:
         """What the kernel could not take along."""
@@ -225,7 +241,6 @@ def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear
         bias=tail.bias is not None,
     )
     if spec.why_not() is not None:
-        tail.output, tail.bias, tail.rest = tail.node.outputs[0], None, None
         return None
     key = (
         "codes",

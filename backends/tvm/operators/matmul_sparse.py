@@ -255,6 +255,10 @@ def zeros_of(matrix: np.ndarray, lengths: set[int] | frozenset[int] = frozenset(
         lengths: lengths of groups to try besides 4, 8 and 16.
     """
     tried = sorted({*_LENGTHS, *(length for length in lengths if 1 < length <= WINDOW)})
+    # In a group longer than K a dense weight would seem to have zeros.
+    tried = [length for length in tried if length <= len(matrix)]
+    if not tried:
+        return None
     most = dict.fromkeys(tried, 1)
     rows = max(1, _PIECE // matrix.shape[1])
     rows = -(-rows // math.lcm(*tried)) * math.lcm(*tried)

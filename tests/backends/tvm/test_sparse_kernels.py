@@ -286,6 +286,8 @@ def test_one_group_that_breaks_the_pattern() -> None:
     assert zeros_of(weight) is not None
     weight[-16:] = 1
     assert zeros_of(weight) is None
+    # All of a weight with fewer inputs than a group has places.
+    assert zeros_of(np.ones((8, 16), np.float32)) is None
 
 
 def test_where_other_kernels_are_faster() -> None:

@@ -177,7 +177,7 @@ DEPTHWISE = st.builds(lambda c, s: DepthwiseConv2d(1, c, Window(s, s, (3, 3), (1
 @given(DENSES | BATCHES | CONVS | DEPTHWISE, st.sampled_from([CPU, OLD]))
 def test_candidates_are_few_distinct_and_of_the_kernel(spec: Any, cpu: Cpu) -> None:
     first = candidates(spec, cpu, {}, [])
-    assert 1 <= len(first) <= 20
+    assert len(first) <= 20  # none, where a kernel's size leaves no choice
     assert all(tile and set(tile) <= set(TILES[type(spec).__name__]) for tile in first)
     assert len({json.dumps(tile) for tile in first}) == len(first)
     for tile in [*first, *cache_tiles(spec, cpu, first[0]), *cache_tiles(spec, cpu, {})]:

@@ -23,11 +23,12 @@ from effic.models.large import llama_like_file
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = ROOT / "tests" / "effic" / "planned_run.py"
 JOBS = (
-    ("fuse-conv-bn,eliminate-dead-code", "each", False),
-    ("quantize-rtn,eliminate-dead-code", "each", False),
-    ("quantize-easyquant", "off", False),
     ("prune-magnitude,compress-nm", "each", False),
+    ("quantize-rtn{bits=8}", "each", False),
+    ("prune-magnitude", "each", False),
+    ("quantize-easyquant", "off", False),
     ("quantize-gptq", "off", True),
+    ("quantize-adadim", "off", True),
 )
 
 

@@ -22,7 +22,7 @@ from effic.tune import tune
 
 K, N, ROWS = 32, 48, 8
 TARGET = "tvm-cpu{num_cores=1}"
-WAIT_SECONDS = 120
+WAIT_SECONDS = 400
 
 
 def product() -> Model:

@@ -166,7 +166,8 @@ class QuantizedCode:
         spec, T = self.spec, self.T
         if spec.padded_k == spec.k and self.direct:
             return self.x
-        # A line more per row: rows a power of two apart would fall into one set of the L1 cache.
+        # A line more per row: rows a power of two apart would fall into one set of the L1 cache. It is written
+        # to (as in lay_out), because TVM cuts off what no statement touches.
         plain = T.alloc_buffer((spec.m, spec.padded_k + LANES), "float32")
         stride = spec.pieces * spec.segment
         full = spec.k // spec.k_group
@@ -186,6 +187,7 @@ class QuantizedCode:
                     T.buffer_store(plain, T.float32(0), [row, group * stride + count + i])
 
         with T.serial(spec.m) as row:
+            self.write_lanes(plain, splat(T, 0.0), row, spec.padded_k)
             with T.serial(full) as group:
                 copy(row, group, spec.k_group)
             if spec.k % spec.k_group:
@@ -207,9 +209,13 @@ class QuantizedCode:
         with loop(T, groups * rows, parallel) as i:
             group, line = T.floordiv(i, rows), T.floormod(i, rows)
             if self.integers:
+                T.buffer_store(
+                    values, T.broadcast(T.int8(0), 64), [group, line, T.ramp(spec.padded_k, 1, 64)]
+                )
                 with T.serial(spec.segments) as segment:
                     self.round_segment(laid, group, line, segment)
             else:
+                self.write_lanes(values, splat(T, 0.0), group, line, spec.padded_k)
                 with T.serial(spec.k_groups) as k_group:
                     self.scale_group(laid, group, line, k_group)
         return laid

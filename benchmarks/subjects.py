@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import sys
@@ -143,7 +144,11 @@ class MiniLM(Subject):
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
         wanted = start_session(str(self.fp32)).get_inputs()
         self.inputs = {item.name for item in wanted}
-        self.reference = self._embed(self.fp32)
+
+    @functools.cached_property
+    def reference(self) -> np.ndarray:
+        """The float32 file's embeddings."""
+        return self._embed(self.fp32)
 
     def _tokens(self, sentences: Sequence[str]) -> dict[str, np.ndarray]:
         made = self.tokenizer(

@@ -1,11 +1,11 @@
 """What optimized models score through TVM: beside the portable form as written, and ONNX Runtime at its defaults.
 
-    python -m benchmarks.tvm_quality [--model stories260k|minilm|mobilenet]… [--few]
+    python -m benchmarks.tvm_quality [--model stories260k|minilm|mobilenet]… [--samples N]
 
 Each row's passes run once; the portable file that they leave is lowered for every target, so that all score
 the same weights. *As written* is ONNX Runtime without any optimization, that is the file's own meaning; it
-is what TVM with fp32 activations has to match. Bytes are those of the file, and of the folder's library and
-weights together.
+is what TVM with fp32 activations has to match. Where nothing is quantized there are no activations to round,
+and that column is empty. Bytes are those of the file, and of the folder's library and weights together.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ class Task:
     score: Callable[[Run], float]
 
 
-def stories(subject: Stories, few: bool) -> Task:
+def stories(subject: Stories, samples: int | None, batch: int = 8) -> Task:
     """Perplexity on windows of 512 ids, eight at a time."""
-    ids = subject.ids[: 8 if few else 112]
+    ids = subject.ids[: min(samples or len(subject.ids), len(subject.ids)) // batch * batch]
 
     def score(run: Run) -> float:
         loss, _ = subject.baseline.mean_nll(lambda part: run({"ids": part}), ids)
         return float(np.exp(loss))
 
-    return Task("batch=8,seq=512", f"perplexity, {len(ids)} windows", score)
+    return Task(f"batch={batch},seq=512", f"perplexity, {len(ids)} windows", score)
 
 
-def minilm(subject: MiniLM, few: bool, batch: int = 16) -> Task:
+def minilm(subject: MiniLM, samples: int | None, batch: int = 16) -> Task:
     """Spearman on pairs of sts-test, padded to the next of three lengths."""
     lengths = (16, 32, 128)
-    a, b, gold = (part[: 96 if few else None] for part in subject.load.sts("test"))
+    a, b, gold = (part[:samples] for part in subject.load.sts("test"))
     sentences = [*a, *b]
     made = subject.tokenizer(list(sentences), truncation=True, max_length=lengths[-1])
     sizes = np.array([len(ids) for ids in made["input_ids"]])
@@ -106,9 +106,9 @@ def _padded(made: Any, part: np.ndarray, length: int, inputs: set[str]) -> dict[
     return feeds
 
 
-def mobilenet(subject: MobileNet, few: bool, batch: int = 8) -> Task:
+def mobilenet(subject: MobileNet, samples: int | None, batch: int = 8) -> Task:
     """Top-1, or agreement with fp32 where no labelled images are at hand."""
-    count = 32 if few else min(256, len(subject.x) // batch * batch)
+    count = min(samples or len(subject.x), len(subject.x)) // batch * batch
 
     def score(run: Run) -> float:
         logits = [run({subject.input: subject.x[i : i + batch]}) for i in range(0, count, batch)]
@@ -118,7 +118,7 @@ def mobilenet(subject: MobileNet, few: bool, batch: int = 8) -> Task:
     return Task(f"batch={batch}", f"{what}, {count} images", score)
 
 
-TASKS: dict[str, Callable[[Any, bool], Task]] = {
+TASKS: dict[str, Callable[[Any, int | None], Task]] = {
     "stories260k": stories,
     "minilm": minilm,
     "mobilenet": mobilenet,
@@ -134,21 +134,24 @@ def rows(subject: Subject) -> Iterator[tuple[str, str]]:
         return f"{name}{{{','.join(options)}}}" if options else name
 
     yield "fp32", ""
-    yield "RTN, 8 bits", written("quantize-rtn", *groups, "bits=8")
-    yield "GPTQ, 4 bits", written("quantize-gptq", *groups)
     yield "AdaDim, 4 bits", written("quantize-adadim", *groups)
     yield "EasyQuant, 4 bits", written("quantize-easyquant", *kinds)
     yield "2:4 (SparseGPT)", written("prune-sparsegpt", *kinds, "n=2", "m=4") + ",compress-nm"
+    yield "GPTQ, 4 bits", written("quantize-gptq", *groups)
+    yield "RTN, 8 bits", written("quantize-rtn", *groups, "bits=8")
 
 
 def measure(
-    source: Path, shapes: str, score: Callable[[Run], float], folder: Path
+    source: Path, shapes: str, score: Callable[[Run], float], folder: Path, quantized: bool
 ) -> dict[str, tuple[float, int]]:
-    """The metric and the bytes of a portable file on every target, by the names of :data:`TARGETS`."""
+    """The metric and the bytes of a portable file on the targets, by the names of :data:`TARGETS`."""
     found = {}
     for name, text in TARGETS.items():
         if name.startswith("tvm"):
-            options = [f'shapes="{shapes}"', *(["activations=int8"] if "int8" in text else [])]
+            rounded = "int8" in text
+            if rounded and not quantized:
+                continue
+            options = [f'shapes="{shapes}"', *(["activations=int8"] if rounded else [])]
             text = f"tvm-cpu{{{','.join(options)}}}"
         backend, model = get_backend(text), read_onnx(source)
         place = folder / ("built" if backend.is_folder else "built.onnx")
@@ -170,8 +173,10 @@ def measure(
 
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(TASKS)), help="default: all")
-@click.option("--few", is_flag=True, help="few samples: minutes instead of an hour")
-def command(models: tuple[str, ...], few: bool) -> None:
+@click.option(
+    "--samples", type=click.IntRange(min=16), help="windows, pairs or images to score; default: all"
+)
+def command(models: tuple[str, ...], samples: int | None) -> None:
     """Print the tables."""
     os.environ.setdefault("TVM_NUM_THREADS", "1")
     print(machine("effic", "apache-tvm", "onnxruntime", "numpy"))
@@ -183,7 +188,7 @@ def command(models: tuple[str, ...], few: bool) -> None:
             if isinstance(subject, str):
                 print(f"\n{name}: {subject}, skipped")
                 continue
-            task, lines = TASKS[name](subject, few), []
+            task, lines = TASKS[name](subject, samples), []
             for method, passes in rows(subject):
                 path = subject.fp32
                 if passes:
@@ -193,9 +198,9 @@ def command(models: tuple[str, ...], few: bool) -> None:
                         subject.fp32, passes, output=path, target="portable", check="off", force=True,
                         calib=subject.calibration if calibrated else None, external=False, record=False,
                     )  # fmt: skip
-                scores = measure(path, task.shapes, task.score, folder)
-                cells = [f"{value:.{subject.digits}f}" for value, _ in scores.values()]
-                lines.append([method, *cells, *(size for _, size in scores.values())])
+                scores = measure(path, task.shapes, task.score, folder, "quantize-" in passes)
+                cells = [f"{scores[t][0]:.{subject.digits}f}" if t in scores else "" for t in TARGETS]
+                lines.append([method, *cells, *(scores[t][1] if t in scores else "" for t in TARGETS)])
                 print(f"{name}, {method}: {' '.join(cells)}", file=sys.stderr, flush=True)
             head = ["method", *TARGETS, *(f"bytes, {target}" for target in TARGETS)]
             table(f"{subject.name}: {task.metric}", head, lines)

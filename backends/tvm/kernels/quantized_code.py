@@ -36,6 +36,9 @@ SHARED_GROUPS = 4
 PANEL = 2
 """Chunks of a decoded panel."""
 
+DIGITS = 3
+"""Bytes that an fp32 activation is cut into for integer arithmetic: 24 bits, as many as its fraction has."""
+
 VPERMPS = "llvm.x86.avx512.permvar.sf.512"
 _VCVTPS2DQ = "llvm.x86.avx512.mask.cvtps2dq.512"
 _CURRENT_ROUNDING = 4
@@ -55,9 +58,9 @@ class Laid:
     """Activations as the tiles read them: a row per group of columns and row of x.
 
     Attributes:
-        values: fp32 or int8 ``[groups, rows, padded_k + a line]``.
-        sums: what the zero points take off: fp32 per group along k, or int32 per segment (int8).
-        scales: fp32 per segment, int8 only.
+        values: fp32 ``[groups, rows, padded_k + a line]``, or int8 with a row per digit, the highest first.
+        sums: what the zero points take off: fp32 per group along k, or int32 per digit and segment.
+        scales: fp32 of the lowest digit per segment, integers only.
         first: the group that index 0 stands for.
         row: the row of x that index 0 stands for.
     """
@@ -77,9 +80,10 @@ class QuantizedCode:
         self.avx512 = cpu.avx512 and not spec.portable
         self.vnni = cpu.vnni and not spec.portable
         self.registers = registers(cpu, spec.portable) - (0 if self.avx512 else 2)
-        self.integers = spec.activations == "int8"
         self.inputs = spec.grouping == "ic"
+        self.integers = spec.activations == "int8" or self.vnni
         self.direct = self.integers or spec.m <= DIRECT_ROWS
+        self.digits = 1 if spec.activations == "int8" else DIGITS
         flops = 2 * spec.m * spec.k * spec.n
         self.parallel = cpu.cores > 1 and flops >= MIN_PARALLEL_FLOPS
 
@@ -198,8 +202,9 @@ class QuantizedCode:
         """Activations of ``groups`` groups of columns from ``first`` on and ``rows`` rows from ``row`` on."""
         spec, T = self.spec, self.T
         if self.integers:
-            values = T.alloc_buffer((groups, rows, spec.padded_k + 64), "int8")
-            sums = T.alloc_buffer((groups, rows, spec.segments), "int32")
+            lines = rows * self.digits
+            values = T.alloc_buffer((groups, lines, spec.padded_k + 64), "int8")
+            sums = T.alloc_buffer((groups, lines, spec.segments), "int32")
             scales = T.alloc_buffer((groups, rows, spec.segments), "float32")
         else:
             values = T.alloc_buffer((groups, rows, spec.padded_k + LANES), "float32")
@@ -209,9 +214,9 @@ class QuantizedCode:
         with loop(T, groups * rows, parallel) as i:
             group, line = T.floordiv(i, rows), T.floormod(i, rows)
             if self.integers:
-                T.buffer_store(
-                    values, T.broadcast(T.int8(0), 64), [group, line, T.ramp(spec.padded_k, 1, 64)]
-                )
+                for digit in range(self.digits):
+                    at = [group, line * self.digits + digit, T.ramp(spec.padded_k, 1, 64)]
+                    T.buffer_store(values, T.broadcast(T.int8(0), 64), at)
                 with T.serial(spec.segments) as segment:
                     self.round_segment(laid, group, line, segment)
             else:
@@ -243,7 +248,7 @@ class QuantizedCode:
         T.buffer_store(laid.sums, self.reduced(self.read(total, 0), "add"), [group, row, k_group])
 
     def round_segment(self, laid: Laid, group: Any, row: Any, segment: Any) -> None:
-        """int8: activations of a segment, their scale, and the sum that the codes' zero takes off."""
+        """Integers: activations of a segment, their scale, and the sums that the codes' zero takes off."""
         spec, T = self.spec, self.T
         count = spec.segment // LANES
         kept = T.alloc_buffer((spec.segment,), "float32", scope="local")
@@ -262,25 +267,44 @@ class QuantizedCode:
             size = T.max(size, self.read(largest, i * LANES))
         peak = T.alloc_buffer((2,), "float32", scope="local")
         T.buffer_store(peak, T.reinterpret("float32", self.reduced(size, "smax", "int32")), [0])
-        T.buffer_store(laid.scales, peak[0] / T.float32(127), [group, row, segment])
-        # Below the least normal number the quotient is no number; such activations count as zero.
-        tiny = peak[0] < T.float32(1e-36)
-        T.buffer_store(
-            peak, T.Select(tiny, T.float32(0), T.float32(127) / T.max(peak[0], T.float32(1e-36))), [1]
-        )
-        total = T.alloc_buffer((LANES,), "int32", scope="local")
-        self.write_lanes(total, self.integer(0), 0)
+        # The highest digit is at most 127, and leaves no carry for those below it.
+        steps = T.float32(127 << 8 * (self.digits - 1))
+        T.buffer_store(laid.scales, peak[0] / steps, [group, row, segment])
+        # Below, the quotient would be no number; such activations count as zero.
+        least = T.float32(1e-36 if self.digits == 1 else 1e-31)
+        quotient = T.Select(peak[0] < least, T.float32(0), steps / T.max(peak[0], least))
+        T.buffer_store(peak, quotient, [1])
+        total = T.alloc_buffer((self.digits * LANES,), "int32", scope="local")
+        for digit in range(self.digits):
+            self.write_lanes(total, self.integer(0), digit * LANES)
         for i in range(count):
             k = segment * spec.segment + i * LANES
             scaled = self.read(kept, i * LANES) * T.broadcast(peak[1], LANES)
-            code = self.rounded(scaled)
-            self.write_lanes(laid.values, T.cast(code, "int8x16"), group, row, k)
+            number = self.rounded(scaled)
+            zero = None
             if self.inputs and self.zeros is not None:
                 zero = T.cast(self.read(self.zeros, laid.first + group, k), "int32x16")
-                code = code * (zero + self.integer(spec.middle))
-            self.write_lanes(total, self.read(total, 0) + code, 0)
-        whole = self.reduced(self.read(total, 0), "add", "int32")
-        T.buffer_store(laid.sums, whole, [group, row, segment])
+                zero = zero + self.integer(spec.middle)
+            for digit, code in enumerate(self.digits_of(number)):
+                self.write_lanes(laid.values, T.cast(code, "int8x16"), group, row * self.digits + digit, k)
+                code = code if zero is None else code * zero
+                self.write_lanes(total, self.read(total, digit * LANES) + code, digit * LANES)
+        for digit in range(self.digits):
+            whole = self.reduced(self.read(total, digit * LANES), "add", "int32")
+            T.buffer_store(laid.sums, whole, [group, row * self.digits + digit, segment])
+
+    def digits_of(self, number: Any) -> list[Any]:
+        """Signed bytes that 16 integers consist of, as integers, the highest first."""
+        T = self.T
+        if self.digits == 1:
+            return [number]
+        # Half its range on top of each digit and turned back after: a negative digit borrows from the next.
+        half = self.integer(0x00808080)
+        turned = T.bitwise_xor(number + half, half)
+        return [
+            T.shift_right(T.shift_left(turned, self.integer(24 - 8 * digit)), self.integer(24))
+            for digit in reversed(range(self.digits))
+        ]
 
     def rounded(self, value: Any) -> Any:
         """The nearest integers, of two the even one."""
@@ -305,9 +329,10 @@ class QuantizedCode:
     def write_direct(self) -> None:
         spec, T = self.spec, self.T
         most = max(1, self.registers - 4)
-        rows, full, rest = tiles(spec.m, min(12, most))
+        lines = self.digits if self.integers else 1
+        rows, full, rest = tiles(spec.m, max(1, min(12, most) // lines))
         chunks = CHUNKS
-        while chunks > 1 and rows * chunks > most:
+        while chunks > 1 and rows * lines * chunks > most:
             chunks //= 2
         laid = None
         if not self.inputs or spec.n_groups <= SHARED_GROUPS:
@@ -356,71 +381,66 @@ class QuantizedCode:
     def direct_chunks(
         self, laid: Laid, sums: Any, block: Any, first: Any, rows: int, part: Any, start: Any, chunks: int
     ) -> None:
-        """What segment (int8) or group (fp32) ``part`` along k adds to ``chunks`` chunks of ``sums``."""
+        """What segment (integers) or group (fp32) ``part`` along k adds to ``chunks`` chunks of ``sums``."""
         spec, T = self.spec, self.T
         words = (spec.segment if self.integers else spec.pieces * spec.segment) // spec.per_word
         dtype = "int32" if self.integers else "float32"
-        total = T.alloc_buffer((rows * chunks * LANES,), dtype, scope="local")
+        digits = self.digits if self.integers else 1
+        lines = rows * digits
+        total = T.alloc_buffer((lines * chunks * LANES,), dtype, scope="local")
         cells = [
-            (row, chunk, (row * chunks + chunk) * LANES) for row in range(rows) for chunk in range(chunks)
+            (line, chunk, (line * chunks + chunk) * LANES) for line in range(lines) for chunk in range(chunks)
         ]
         groups = [self.group_of(laid, block, start + chunk) for chunk in range(chunks)]
-        for row, chunk, cell in cells:
+        line0 = (first - laid.row) * digits
+        for line, chunk, cell in cells:
             value = splat(T, 0.0)
             if self.integers:
-                begin = laid.sums[groups[chunk], first + row - laid.row, part]
+                begin = laid.sums[groups[chunk], line0 + line, part]
                 if self.zeros is None or not self.inputs:
                     begin = begin * T.int32(spec.middle)
                 value = self.integer(T.int32(0) - begin)
             self.write_lanes(total, value, cell)
         with T.serial(words) as i:
             index = part * words + i
-            for chunk in range(chunks):
-                word = self.read(self.w, block, index, start + chunk, 0)
-                self.accumulate(laid, total, word, groups[chunk], index, first, rows, chunk, chunks)
-        for row, chunk, cell in cells:
+            taken = [self.read(self.w, block, index, start + chunk, 0) for chunk in range(chunks)]
+            # Chunks innermost: an activation is used up at once, and needs no register for long.
+            for k in range(0, spec.per_word, 4 if self.integers else 1):
+                for line, chunk, cell in cells:
+                    here, at = (groups[chunk], line0 + line), index * spec.per_word + k
+                    value = self.read(total, cell)
+                    if self.integers:
+                        four = laid.values[(*here, T.ramp(at, 1, 4))]
+                        value = self.dotted(value, taken[chunk], k // 4, four)
+                    else:
+                        value = value + splat(T, laid.values[(*here, at)]) * self.decoded(taken[chunk], k)
+                    self.write_lanes(total, value, cell)
+        for line, chunk, cell in cells:
+            if line % digits:
+                continue
             column = (start + chunk) * LANES
             value = self.read(total, cell)
+            if self.integers:
+                value = self.joined([self.read(total, cell + d * chunks * LANES) for d in range(digits)])
+            row = line // digits
             value = self.finished(laid, value, groups[chunk], block, first + row, part, column)
             self.write_lanes(sums, self.read(sums, row, column) + value, row, column)
 
-    def accumulate(
-        self,
-        laid: Laid,
-        total: Any,
-        word: Any,
-        group: Any,
-        index: Any,
-        first: Any,
-        rows: int,
-        chunk: int,
-        chunks: int,
-    ) -> None:
-        """All codes of 16 words onto the sums of a chunk."""
-        spec, T = self.spec, self.T
-        step = 4 if self.integers else 1
-        for k in range(0, spec.per_word, step):
-            for row in range(rows):
-                cell = (row * chunks + chunk) * LANES
-                at = index * spec.per_word + k
-                if self.integers:
-                    four = laid.values[group, first + row - laid.row, T.ramp(at, 1, 4)]
-                    value = self.dotted(self.read(total, cell), word, k // 4, four)
-                else:
-                    x = splat(T, laid.values[group, first + row - laid.row, at])
-                    value = self.read(total, cell) + x * self.decoded(word, k)
-                self.write_lanes(total, value, cell)
+    def joined(self, digits: list[Any]) -> Any:
+        """Sums of each digit, all below 2^24, as one float."""
+        value = self.T.cast(digits[0], "float32x16")
+        for digit in digits[1:]:
+            value = value * splat(self.T, 256.0) + self.T.cast(digit, "float32x16")
+        return value
 
     def finished(
         self, laid: Laid, total: Any, group: Any, block: Any, row: Any, part: Any, column: Any
     ) -> Any:
-        """What the sum over a segment (int8) or group (fp32) adds to y."""
+        """What the sum over a segment (integers) or group (fp32) adds to y."""
         spec, T = self.spec, self.T
-        if self.integers:
-            total = T.cast(total, "float32x16")
         k_group = T.floordiv(part, spec.pieces) if self.integers else part
         if self.zeros is not None and not (self.inputs and self.integers):
-            off = splat(T, T.cast(laid.sums[group, row - laid.row, part], "float32"))
+            off = self.taken_off(laid, group, row - laid.row, part)
             if not self.inputs:
                 off = off * T.cast(self.read(self.zeros, block, k_group, column), "float32x16")
             total = total - off
@@ -429,6 +449,14 @@ class QuantizedCode:
         if not self.inputs:
             total = total * self.read(self.scales, block, k_group, column)
         return total
+
+    def taken_off(self, laid: Laid, group: Any, row: Any, part: Any) -> Any:
+        """The sum of activations that a zero point takes off."""
+        if not self.integers:
+            return splat(self.T, laid.sums[group, row, part])
+        return self.joined(
+            [self.integer(laid.sums[group, row * self.digits + digit, part]) for digit in range(self.digits)]
+        )
 
     def add_outliers(self, sums: Any, block: Any, first: Any, rows: int) -> None:
         """The shares of a block's outliers."""

@@ -41,7 +41,7 @@ class _SparseCode(QuantizedCode):
 
     def __init__(self, spec: SparseMatMul, cpu: Cpu, T: Any) -> None:
         super().__init__(spec, cpu, T)
-        self.integers = spec.rounds
+        self.integers, self.digits = spec.rounds, 1
         most = DIRECT_ROWS
         if self.avx512:
             most = GATHERED_ROWS if spec.kept * 8 > spec.of * 3 else spec.m
@@ -277,7 +277,7 @@ class _SparseCode(QuantizedCode):
         """What the sum over a segment adds to y."""
         spec = self.spec
         if self.integers:
-            return super().finished(laid, total, group, block, row, part, column)
+            return super().finished(laid, self.joined([total]), group, block, row, part, column)
         if self.inputs or spec.bits == FLOAT:
             return total
         return total * self.read(self.scales, block, self.T.floordiv(part, spec.pieces), column)

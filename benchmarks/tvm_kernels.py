@@ -187,11 +187,11 @@ def kernel_calls(
     """
     import tvm
 
+    from effic.backends.tvm.codegen import compile_kernel
     from effic.backends.tvm.cpu import Cpu
 
     cpu = Cpu.host(1)
-    module = tvm.compile(tvm.IRModule({spec.name: spec.prim_func(cpu)}), target=cpu.target())
-    function = module[spec.name]
+    function = compile_kernel(spec.prim_func(cpu), cpu)
     x = tvm.runtime.tensor(activations(rows, size))
     y = tvm.runtime.tensor(np.zeros((rows, size), np.float32))
 

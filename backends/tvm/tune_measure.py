@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tvm
+import tvm_ffi
+from tvm import tirx
 
+from effic.backends.tvm.codegen import compile_kernel
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.kernels.conv import Conv2d
 from effic.backends.tvm.kernels.conv_depthwise import DepthwiseConv2d
@@ -32,6 +35,9 @@ _MOST_BYTES = 1 << 26
 
 _TOLERANCE = 1e-4
 """Share of the largest output by which tiles may differ: they add in another order."""
+
+_FINITE = 0.5
+"""Share of a function's results that must be finite for them to tell something."""
 
 REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)
 """What TVM raises for a kernel that it cannot compile."""
@@ -101,7 +107,7 @@ def prepare(spec: Any, cpu: Cpu, footprint: int) -> Ready:
     """
     function, weights = spec.prim_func(cpu), raw_weights(spec)
     shapes = [tuple(int(d) for d in parameter.shape) for parameter in function.params]
-    run = tvm.compile(function, cpu.target())[spec.name]
+    run = compile_kernel(function, cpu)
     packed = spec.pack(*weights) if weights else []
     rng = np.random.default_rng(1)
     others = [rng.standard_normal(shape, np.float32) for shape in (shapes[0], *shapes[1 + len(packed) : -1])]
@@ -121,10 +127,63 @@ def prepare(spec: Any, cpu: Cpu, footprint: int) -> Ready:
     return Ready(call, output.numpy(), time.thread_time if cpu.cores == 1 else time.perf_counter)
 
 
+def prepare_function(function: Any, cpu: Cpu) -> Ready:
+    """Compile a scheduled function and make its arguments.
+
+    Args:
+        function: of sizes that are all known; it has buffers only, and writes some of them.
+        cpu: this machine's.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, AssertionError: it cannot be compiled.
+    """
+    run = tvm.compile(function.with_attr("global_symbol", "main"), cpu.target())["main"]
+    stored: list[Any] = []
+    tvm_ffi.structural_walk(function.body, (tirx.BufferStore, lambda store: stored.append(store.buffer)))
+    written = [any(buffer.same_as(one) for buffer in stored) for one in function.params]
+
+    def filled(signed: bool) -> list[Any]:
+        rng = np.random.default_rng(1)
+        # Indices of 1 are inside of every table that has no dimension of one element.
+        highest = min((int(size) for one in function.params for size in one.shape), default=1) > 1
+        return [
+            tvm.runtime.empty([int(size) for size in one.shape], str(one.dtype))
+            if result
+            else tvm.runtime.tensor(_filled(one, rng, signed, int(highest)))
+            for one, result in zip(function.params, written, strict=True)
+        ]
+
+    def results(arguments: list[Any]) -> np.ndarray:
+        run(*arguments)
+        found = [a.numpy().astype(np.float64).ravel() for a, w in zip(arguments, written, strict=True) if w]
+        return np.concatenate(found)
+
+    arguments = filled(signed=True)
+    output = results(arguments)
+    if np.isfinite(output).mean() < _FINITE:
+        # Roots and logarithms of negative numbers tell little about what was computed.
+        arguments = filled(signed=False)
+        output = results(arguments)
+    return Ready(lambda: run(*arguments), output, time.thread_time if cpu.cores == 1 else time.perf_counter)
+
+
+def _filled(parameter: Any, rng: np.random.Generator, signed: bool, highest: int) -> np.ndarray:
+    """An input: floats between 0.1 and 0.9 of either sign, where nearly every function is defined; 0 or 1."""
+    shape, dtype = [int(size) for size in parameter.shape], str(parameter.dtype)
+    if "float" not in dtype:
+        return rng.integers(0, 2 if dtype == "bool" else highest + 1, shape).astype(dtype)
+    found = rng.uniform(0.1, 0.9, shape)
+    return (found * rng.choice([-1, 1], shape) if signed else found).astype(dtype)
+
+
 def same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two kernels computed the same, but for the order of additions."""
-    largest = float(np.abs(one).max())
-    return bool(np.isfinite(other).all()) and float(np.abs(one - other).max()) <= _TOLERANCE * largest
+    finite = np.isfinite(one)
+    if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+        return False
+    difference = np.abs(one - other, where=finite, out=np.zeros(one.shape, one.dtype))
+    largest = float(np.abs(one[finite]).max(initial=0))
+    return bool(np.isfinite(other[finite]).all()) and float(difference.max()) <= _TOLERANCE * largest
 
 
 def seconds(kernel: Ready, turns: int) -> float:

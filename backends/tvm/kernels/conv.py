@@ -139,6 +139,11 @@ class Window:
         """Whether column ``q`` of the kernel, at output column ``column``, lies inside the image."""
         return 0 <= column * self.strides[1] - self.pads[1] + q * self.dilations[1] < self.width
 
+    def seen(self, start: int, size: int, q: int) -> range:
+        """Those of the output columns [start, start + size), from 0, whose column ``q`` lies inside the image."""
+        inside = [j for j in range(size) if self.sees(start + j, q)]
+        return range(inside[0], inside[-1] + 1) if inside else range(0)
+
 
 @dataclass(frozen=True)
 class Conv2d:
@@ -404,43 +409,42 @@ class _Code:
         image, tile, row = where
         acc = accumulators(T, columns * r)
 
-        def target(j: int, b: int) -> list[Any]:
+        def target(j: Any, b: Any) -> list[Any]:
             return [image, tile * r + b, row, column + j, lanes(T, 0)]
 
-        def slot(j: int, b: int) -> Any:
+        def slot(j: Any, b: Any) -> Any:
             return lanes(T, (j * r + b) * LANES)
 
-        for j in range(columns):
-            for b in range(r):
-                if start:
-                    value = self.y[tuple(target(j, b))]
-                elif self.bias is not None:
-                    value = self.bias[tile * r + b, lanes(T, 0)]
-                else:
-                    value = splat(T, 0.0)
-                T.buffer_store(acc, value, [slot(j, b)])
+        # TVM unrolls these loops at the end: statements written out here would go through each of its passes.
+        with T.unroll(columns) as j, T.unroll(r) as b:
+            if start:
+                value = self.y[tuple(target(j, b))]
+            elif self.bias is not None:
+                value = self.bias[tile * r + b, lanes(T, 0)]
+            else:
+                value = splat(T, 0.0)
+            T.buffer_store(acc, value, [slot(j, b)])
 
         first = spec._first(T, r, tile)
         edge = not isinstance(column, int) or flat.inside(column, columns)
 
-        def step(c: Any, p: Any, q: Any, inner: tuple[Any, ...], seen: list[int]) -> None:
+        def step(c: Any, p: Any, q: Any, inner: tuple[Any, ...], seen: range) -> None:
             h = row * flat.strides[0] - flat.pads[0] + p * flat.dilations[0]
-            for j in seen:
+            with T.unroll(seen.start, seen.stop) as j, T.unroll(r) as b:
                 at = (column + j) * flat.strides[1] - flat.pads[1] + q * flat.dilations[1]
                 value = splat(T, self.x[(image, first + c, h, at, *inner)])
-                for b in range(r):
-                    weight = self.w[(tile, c, p, q, *inner, lanes(T, b * LANES))]
-                    T.buffer_store(acc, acc[slot(j, b)] + value * weight, [slot(j, b)])
+                weight = self.w[(tile, c, p, q, *inner, lanes(T, b * LANES))]
+                T.buffer_store(acc, acc[slot(j, b)] + value * weight, [slot(j, b)])
 
         def taps(c: Any, p: Any) -> None:
-            everything = list(range(columns))
+            everything = range(columns)
             width = flat.kernel[1]
             if edge and width > 1 and not (spec.plain_input and width <= _MAX_UNROLLED):
                 with T.serial(width) as q:
                     self._channels(lambda inner: step(c, p, q, inner, everything))
                 return
             for q in range(width):
-                seen = everything if edge else [j for j in everything if flat.sees(column + j, q)]
+                seen = everything if edge else flat.seen(column, columns, q)
                 if seen:
                     self._channels(lambda inner, q=q, seen=seen: step(c, p, q, inner, seen))  # type: ignore[misc]
 
@@ -452,14 +456,13 @@ class _Code:
                 with T.serial(high - low) as p:
                     taps(c, low + p)
 
-        for j in range(columns):
-            for b in range(r):
-                value = acc[slot(j, b)]
-                if stop == size:
-                    if self.residual is not None:
-                        value = value + self.residual[tuple(target(j, b))]
-                    value = clamp(T, value, spec.activation, spec.low, spec.high)
-                T.buffer_store(self.y, value, target(j, b))
+        with T.unroll(columns) as j, T.unroll(r) as b:
+            value = acc[slot(j, b)]
+            if stop == size:
+                if self.residual is not None:
+                    value = value + self.residual[tuple(target(j, b))]
+                value = clamp(T, value, spec.activation, spec.low, spec.high)
+            T.buffer_store(self.y, value, target(j, b))
 
     def _channels(self, body: Callable[[tuple[Any, ...]], None]) -> None:
         if self.spec.plain_input:

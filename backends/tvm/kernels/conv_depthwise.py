@@ -124,14 +124,15 @@ class DepthwiseConv2d:
 
             def tile(image: Any, block: Any, row: Any, column: Any, columns: int) -> None:
                 acc = accumulators(T, columns)
-                for j in range(columns):
+                # TVM unrolls these loops at the end: written out, each of its passes would visit every statement.
+                with T.unroll(columns) as j:
                     start = splat(T, 0.0) if bias is None else bias[block, lanes(T, 0)]
                     T.buffer_store(acc, start, [lanes(T, j * LANES)])
                 inside = not isinstance(column, int) or window.inside(column, columns)
 
-                def tap(p: Any, q: Any, seen: list[int]) -> None:
+                def tap(p: Any, q: Any, seen: range) -> None:
                     h = row * window.strides[0] - window.pads[0] + p * window.dilations[0]
-                    for j in seen:
+                    with T.unroll(seen.start, seen.stop) as j:
                         at = (column + j) * window.strides[1] - window.pads[1] + q * window.dilations[1]
                         product = x[image, block, h, at, lanes(T, 0)] * w[block, p, q, lanes(T, 0)]
                         slot = lanes(T, j * LANES)
@@ -141,12 +142,13 @@ class DepthwiseConv2d:
                 with T.serial(high - low) as down:
                     if inside and kw > _MAX_UNROLLED:
                         with T.serial(kw) as q:
-                            tap(low + down, q, list(range(columns)))
+                            tap(low + down, q, range(columns))
                     else:
                         for q in range(kw):
-                            seen = [j for j in range(columns) if inside or window.sees(column + j, q)]
-                            tap(low + down, q, seen)
-                for j in range(columns):
+                            seen = range(columns) if inside else window.seen(column, columns, q)
+                            if seen:
+                                tap(low + down, q, seen)
+                with T.unroll(columns) as j:
                     value = acc[lanes(T, j * LANES)]
                     target = [image, block, row, column + j, lanes(T, 0)]
                     if residual is not None:

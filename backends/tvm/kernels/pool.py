@@ -95,16 +95,16 @@ class Pool2d:
             def tile(image: Any, block: Any, row: Any, column: Any, columns: int) -> None:
                 acc = accumulators(T, columns)
                 start = -math.inf if self.kind == "max" else 0.0
-                for j in range(columns):
+                # Loops that TVM unrolls at the end: written out, each of its passes would visit every statement.
+                with T.unroll(columns) as j:
                     T.buffer_store(acc, splat(T, start), [lanes(T, j * LANES)])
                 inside = not isinstance(column, int) or window.inside(column, columns)
                 low, high = window.rows(T, row)
                 with T.serial(high - low) as down:
                     h = row * window.strides[0] - window.pads[0] + (low + down) * window.dilations[0]
                     for q in range(window.kernel[1]):
-                        for j in range(columns):
-                            if not inside and not window.sees(column + j, q):
-                                continue
+                        seen = range(columns) if inside else window.seen(column, columns, q)
+                        with T.unroll(seen.start, seen.stop) as j:
                             at = (column + j) * window.strides[1] - window.pads[1] + q * window.dilations[1]
                             slot = lanes(T, j * LANES)
                             value = x[image, block, h, at, lanes(T, 0)]
@@ -113,11 +113,11 @@ class Pool2d:
                 for j in range(columns):
                     value = acc[lanes(T, j * LANES)]
                     if self.kind == "mean":
-                        seen: Any = window.kernel[1]
+                        taps: Any = window.kernel[1]
                         if not inside and not self.count_pads:
-                            seen = sum(window.sees(column + j, q) for q in range(seen))
+                            taps = sum(window.sees(column + j, q) for q in range(taps))
                         rows = window.kernel[0] if self.count_pads else high - low
-                        value = value / T.broadcast(T.Cast("float32", T.int32(seen) * rows), LANES)
+                        value = value / T.broadcast(T.Cast("float32", T.int32(taps) * rows), LANES)
                     T.buffer_store(y, value, [image, block, row, column + j, lanes(T, 0)])
 
             elements = (self.batch or 1) * math.prod(self.output_shape)

@@ -8,28 +8,32 @@ and every function without a schedule gets one.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 import tvm_ffi
 from tvm import ir, relax, tirx
 from tvm.relax.backend import cpu_generic
 
+from effic.backends.tvm.codegen import generating
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.schedule.choose_kernels import choose_kernels
 from effic.backends.tvm.schedule.functions import NAIVE, rooted, scheduled
 
+if TYPE_CHECKING:
+    from effic.backends.tvm.tune_records import TunedKernels
 
-def schedule_functions(cpu: Cpu) -> Any:
-    """The pass that schedules every PrimFunc without the attribute ``tirx.is_scheduled``."""
+
+def schedule_functions(cpu: Cpu, tuned: TunedKernels | None = None) -> Any:
+    """The pass that schedules every PrimFunc without the attribute ``tirx.is_scheduled``, by records where ``tuned``
+    has one that was measured faster."""
 
     def run(module: Any, _context: Any) -> Any:
-        changed = {}
-        for variable, function in module.functions_items():
-            if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function):
-                changed[variable] = scheduled(function, cpu)
-        for variable, function in changed.items():
-            module.update_func(variable, function)
+        for name, function in unscheduled(module).items():
+            made = tuned.schedule(function, name, cpu) if tuned is not None else None
+            module.update_func(
+                module.get_global_var(name), scheduled(function, cpu) if made is None else made
+            )
         return module
 
     return tvm.transform.module_pass(run, opt_level=0, name="effic.ScheduleFunctions")
@@ -87,6 +91,15 @@ def _is_scheduled(function: Any) -> bool:
     return bool(function.attrs is not None and function.attrs.get("tirx.is_scheduled", False))
 
 
+def unscheduled(module: Any) -> dict[str, Any]:
+    """The PrimFuncs of a module that have no schedule yet."""
+    return {
+        variable.name_hint: function
+        for variable, function in module.functions_items()
+        if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function)
+    }
+
+
 def naive_functions(module: Any) -> dict[str, str]:
     """Functions of a scheduled module that stayed naive, and why."""
     found = {}
@@ -96,8 +109,8 @@ def naive_functions(module: Any) -> dict[str, str]:
     return found
 
 
-def fuse_and_schedule(cpu: Cpu) -> Any:
-    """The pass up to scheduled functions: kernels chosen, operators legalized and fused, loops arranged.
+def fuse(cpu: Cpu) -> Any:
+    """The pass up to functions without a schedule: kernels chosen, operators legalized and fused.
 
     Parameters are inputs of the function and so are never folded; only what is constant in the code
     itself is.
@@ -117,9 +130,13 @@ def fuse_and_schedule(cpu: Cpu) -> Any:
         _drop_unused(),
         _root_functions(),
         relax.transform.RewriteDataflowReshape(),
-        schedule_functions(cpu),
     ]
-    return _under(target, steps, "effic.FuseAndSchedule")
+    return _under(target, steps, "effic.Fuse")
+
+
+def fuse_and_schedule(cpu: Cpu, tuned: TunedKernels | None = None) -> Any:
+    """The pass up to scheduled functions: :func:`fuse`, then loops arranged."""
+    return _under(cpu.target(), [fuse(cpu), schedule_functions(cpu, tuned)], "effic.FuseAndSchedule")
 
 
 def pipeline(cpu: Cpu) -> Any:
@@ -146,13 +163,16 @@ def _under(target: Any, steps: list[Any], name: str) -> Any:
     return tvm.transform.module_pass(run, opt_level=0, name=name)
 
 
-def compile_module(module: Any, cpu: Cpu) -> tuple[Any, dict[str, str]]:
-    """Schedule and compile a Relax module.
+def compile_module(module: Any, cpu: Cpu, tuned: TunedKernels | None = None) -> tuple[Any, dict[str, str]]:
+    """Schedule and compile a Relax module, with the schedules that ``tuned`` has.
 
     Returns:
         The ``tvm.runtime.Executable``, and the functions that stayed naive with the reason of each.
     """
-    ready = fuse_and_schedule(cpu)(module)
+    ready = fuse_and_schedule(cpu, tuned)(module)
     target = cpu.target()
-    executable = tvm.compile(ready, target, relax_pipeline=_under(target, _finish(target), "effic.Finish"))
+    with generating():
+        executable = tvm.compile(
+            ready, target, relax_pipeline=_under(target, _finish(target), "effic.Finish")
+        )
     return executable, naive_functions(ready)

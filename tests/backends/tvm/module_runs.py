@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from effic.backends.tvm.codegen import generating
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.relax_builder import Bucket, Signature, build_relax
 from effic.backends.tvm.specialize import dim_name
@@ -29,7 +30,7 @@ class Lowered:
     def __init__(self, model: Model, shapes: str = "", **options: Any) -> None:
         self.module, self.parameters, self.signature = build_relax(model, CPU, shapes, options)
         target = CPU.target()
-        with target:
+        with target, generating():
             executable = tvm.compile(self.module, target, relax_pipeline=relax.get_default_pipeline(target))
         self._machine = relax.VirtualMachine(executable, tvm.cpu())
 

@@ -17,6 +17,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax import op
 
+from effic.backends.tvm.codegen import compile_kernel
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.schedule.pipeline import (
     compile_module,
@@ -62,7 +63,7 @@ def run_alone(module: Any, cpu: Cpu, inputs: list[np.ndarray], shape: tuple[int,
     """The module's only PrimFunc with its output between canaries, which must survive."""
     ready = fuse_and_schedule(cpu)(module)
     (function,) = [f for f in ready.functions.values() if isinstance(f, tirx.PrimFunc)]
-    compiled = tvm.compile(function.with_attr("global_symbol", "alone"), cpu.target())["alone"]
+    compiled = compile_kernel(function.with_attr("global_symbol", "alone"), cpu)
     size = math.prod(shape)
     room = np.full(size + 2 * MARGIN + 16, CANARY)
     whole = room[-room.ctypes.data % 64 // 4 :][: size + 2 * MARGIN]

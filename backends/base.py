@@ -56,6 +56,8 @@ class Backend(abc.ABC):
     """Whether a build is a folder, made by a compiler, and not the model's own .onnx file."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages beside effic's own that decide what is built."""
+    rival: ClassVar[str] = ""
+    """Another target, which what was built has to be faster than to be called fast; the original runs there."""
 
     def __post_init__(self) -> None:
         for field, kind in options_of(type(self)):

@@ -68,16 +68,8 @@ def _print(result: BenchResult) -> None:
         "",
         console.table("model", ">median", ">quartiles", ">load", ">runs", rows=rows),
     )
-    if result.speedup is None or result.speedup_low is None or result.speedup_high is None:
-        return
-    spread = f"quartiles {result.speedup_low:.2f} … {result.speedup_high:.2f}"
-    if result.speedup_low > 1:
-        verdict = f"B is {result.speedup:.2f} times as fast as A"
-    elif result.speedup_high < 1:
-        verdict = f"B is slower: {result.speedup:.2f} times as fast as A"
-    else:
-        verdict = f"no clear difference: B is {result.speedup:.2f} times as fast as A"
-    console.print_result("", f"{verdict} ({spread}, {result.repeats} turns each)")
+    if result.speedup is not None:
+        console.print_result("", console.faster_text(result.to_dict(), "B", "A"))
 
 
 def _ms(milliseconds: float) -> str:

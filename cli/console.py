@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -207,3 +207,20 @@ def shorten(name: str, width: int) -> str:
 def shape_text(shape: Iterable[Any]) -> str:
     """``[N, 3, 224, 224]``, with ``?`` for a dimension nobody knows."""
     return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
+
+
+def faster_text(found: Mapping[str, Any], b: str, a: str) -> str:
+    """Which of two timed models is the faster one, or that none is, with the spread.
+
+    Args:
+        found: ``speedup``, ``speedup_low``, ``speedup_high`` (the median of A's time by B's, and its quartiles)
+            and ``repeats``.
+        b, a: what they are called.
+    """
+    middle, low, high = (found[key] for key in ("speedup", "speedup_low", "speedup_high"))
+    says = f"{b} is {middle:.2f} times as fast as {a}"
+    if high < 1:
+        says = f"{b} is slower: {middle:.2f} times as fast as {a}"
+    elif low <= 1:
+        says = f"no clear difference: {says}"
+    return f"{says} (quartiles {low:.2f} … {high:.2f}, {found['repeats']} turns each)"

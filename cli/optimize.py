@@ -415,12 +415,12 @@ def _file_size(report: Report) -> str:
 
 
 def _print_speed(speed: dict[str, Any]) -> None:
-    total = speed["total"]
-    console.print_result(
-        f"speed: {total['speedup']:.2f} times as fast as the original (quartiles "
-        f"{total['speedup_low']:.2f} … {total['speedup_high']:.2f}, {total['repeats']} turns each, "
-        f"{console.seconds(total['b']['median_ms'] / 1e3)} a run, threads {total['threads']})"
-    )
+    total, beside = speed["total"], speed["beside"]
+    run = f"{console.seconds(total['b']['median_ms'] / 1e3)} a run, threads {total['threads']}"
+    console.print_result(f"speed: {console.faster_text(total, 'the result', 'the original')}; {run}")
+    if beside is not None:
+        text = console.faster_text(beside, "the result", f"the original on {beside['target']}")
+        console.print_result(f"speed: {text}")
 
 
 def _print_undone(report: Report) -> None:

@@ -243,11 +243,23 @@ def optimize(
     if accuracy is not None:
         _tell(progress, "scoring the original", 0, steps_in_all)
         guard = Guard.begin(pinned(model, backend.sizes(model)), accuracy, backend)
-    speed = None
+    speed, at = None, [0]
     if keep_if_faster:
-        _tell(progress, "timing the original", 0, steps_in_all)
-        speed = SpeedGuard(model, backend, arrays, threads, calibration, seed)
+        speed = SpeedGuard(
+            model,
+            backend,
+            arrays,
+            threads,
+            calibration,
+            seed,
+            lambda text: _tell(progress, text, at[0], steps_in_all),
+        )
     keeps = [guard.keep for guard in (guard, speed) if guard is not None]
+
+    def passed(text: str, number: int, _total: int) -> None:
+        at[0] = number
+        _tell(progress, text, number, steps_in_all)
+
     result = run_passes(
         model,
         sequence,
@@ -257,7 +269,7 @@ def optimize(
         require_change=require_change,
         keep=_all_of(keeps if unfinished is None else [unfinished.keep(keep) for keep in keeps]),
         after_pass=after_pass,
-        progress=None if progress is None else lambda text, i, n: progress(text, i, steps_in_all),
+        progress=passed,
         unfinished=unfinished,
     )
     canonical = model.clone() if checker is not None else None
@@ -288,8 +300,8 @@ def optimize(
         _tell(progress, "scoring the result", len(sequence) + 1, steps_in_all)
         guard.finish(model, None if folder is None else folder.load().run)
     if speed is not None:
-        _tell(progress, "timing the result", len(sequence) + 1, steps_in_all)
-        speed.finish(model)
+        at[0] = len(sequence) + 1
+        speed.finish(model, None if folder is None else folder.load(threads))
     written, output_bytes = None, None
     if digests is not None:
         build = build_of(

@@ -33,6 +33,7 @@ class TvmCpu(Backend):
     name: ClassVar[str] = "tvm-cpu"
     is_folder: ClassVar[bool] = True
     packages: ClassVar[tuple[str, ...]] = ("apache-tvm", "apache-tvm-ffi")
+    rival: ClassVar[str] = "ort-cpu"
 
     mcpu: str = option(
         "", help="LLVM's name of the CPU (cascadelake, znver5, x86-64-v3); this machine's by default"

@@ -36,6 +36,23 @@ def test_seconds(time: float, text: str) -> None:
     assert console.seconds(time) == text
 
 
+@pytest.mark.parametrize(
+    ("low", "middle", "high", "text"),
+    [
+        (1.1, 1.25, 1.4, "B is 1.25 times as fast as A (quartiles 1.10 … 1.40, 9 turns each)"),
+        (0.9, 1.25, 1.4, "no clear difference: B is 1.25 times as fast as A ("),
+        (1.0, 1.0, 1.0, "no clear difference: B is 1.00 times as fast as A ("),
+        (0.6, 0.7, 1.1, "no clear difference: B is 0.70 times as fast as A ("),
+        (0.6, 0.7, 0.9, "B is slower: 0.70 times as fast as A ("),
+    ],
+)
+def test_a_model_is_called_fast_where_the_spread_allows_it(
+    low: float, middle: float, high: float, text: str
+) -> None:
+    found = {"speedup": middle, "speedup_low": low, "speedup_high": high, "repeats": 9}
+    assert console.faster_text(found, "B", "A").startswith(text)
+
+
 def test_change() -> None:
     assert console.change(100, 26) == "-74.0%"
     assert console.change(100, 100) == ""

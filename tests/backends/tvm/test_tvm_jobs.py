@@ -16,10 +16,13 @@ from click.testing import CliRunner, Result
 pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
 from effic.backends import get_backend
+from effic.backends.artifact import Artifact
+from effic.backends.ort.artifact import OrtArtifact
 from effic.backends.tvm import features
 from effic.backends.tvm.artifact import TvmArtifact
 from effic.backends.tvm.manifest import read_manifest
 from effic.backends.tvm.targets import TvmCpu
+from effic.bench import BenchResult, Timing
 from effic.cli.main import main
 from effic.folder_build import FolderBuild, check_build, inputs_that_fit
 from effic.ir.errors import (
@@ -145,6 +148,33 @@ def test_show_bench_and_compare_take_folders(built: Path) -> None:
     assert json.loads(compared.stdout)["engine"].endswith("TVM (B)")
     assert effic("compare", built / "model.onnx", built / "out.tvm", "--max-abs", "1e-6").exit_code == 1
     assert effic("compare", built / "out.tvm", built / "out.tvm", "--max-abs", "0").exit_code == 0
+
+
+def test_what_is_kept_if_faster_is_held_against_onnx_runtime_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear().save(tmp_path / "model.onnx")
+    timed: list[tuple[str, str]] = []
+
+    def bench(a: Artifact, b: Artifact, inputs: object, **options: object) -> BenchResult:
+        # The pass does no harm, and ONNX Runtime is four times as fast.
+        timed.append((type(a).__name__, type(b).__name__))
+        speedup = 0.25 if isinstance(a, OrtArtifact) else 1.0
+        one = Timing(b.path, 1.0, 1.0, 1.0, 1.0, 1)
+        return BenchResult(one, one, speedup, speedup - 0.01, speedup + 0.01, 1, 15, {}, {}, {})
+
+    monkeypatch.setattr("effic.faster.bench", bench)
+    passes = ("--passes", "quantize-rtn{bits=4,group_size=16}", "--target", "tvm-cpu", "--keep-if-faster")
+    done = effic("optimize", tmp_path / "model.onnx", *passes, "-o", tmp_path / "out.tvm")
+    assert done.exit_code == 0, done.output
+    assert timed == [("TvmArtifact", "TvmArtifact")] * 2 + [("OrtArtifact", "TvmArtifact")]
+    assert "no clear difference: the result is 1.00 times as fast as the original (" in done.stdout
+    assert "the result is slower: 0.25 times as fast as the original on ort-cpu (" in done.stdout
+    speed = json.loads((tmp_path / "out.tvm.effic.json").read_text())["measured"]["speed"]
+    assert (speed["beside"]["target"], speed["beside"]["speedup"]) == ("ort-cpu", 0.25)
+    # What was finished and checked is timed, and not built once more for that.
+    assert speed["beside"]["b"]["path"] == speed["total"]["b"]["path"]
+    assert ".folder" in speed["total"]["b"]["path"]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Dense fp32 matrix products: against a weight packed at build, and of two activations.
 
 ``DenseMatMul``: ``y[m, n] = act(sum_k x[m, k] · w[k, n] + bias[n])``. The weight is stored as panels
-``[ceil(N / P), K, P]`` of P = 32 columns (64 where M ≤ 4), the last one padded with zeros. A register
-tile holds ``rows × P`` sums; each k costs P/16 loads of the panel (one contiguous stream), ``rows``
-broadcasts of x and ``rows · P/16`` multiply-adds. x and y stay plain.
+``[ceil(N / P), K, P]`` of P = 16 to 64 columns, by the rows, the last one padded with zeros. A register
+tile holds ``rows × P`` sums; each k costs P/16 loads of the panel (one contiguous stream, fetched ahead),
+``rows`` broadcasts of x and ``rows · P/16`` multiply-adds. x of more than a few rows is laid out first, as
+the tiles read it; y stays plain.
 
-Roofline: ``2·M·K·N`` flops against ``4·K·N`` bytes of weight, read once. Up to M of about 4 the weight's
-bytes limit (memory bandwidth); from M of about 16 the multiply-adds do. For more rows than one tile the
-panel is read again per tile, from the L2 cache: K is cut so that a piece of the panel fits there.
+Roofline: ``2·M·K·N`` flops against ``4·K·N`` bytes of weight, read once. Up to M of about 16 the weight's
+bytes limit (memory bandwidth): all rows are one register tile or two, so that bytes arrive while sums are
+made. For more rows the multiply-adds do; the panel is read again per tile, from the L2 cache: K is cut so
+that a piece of the panel fits there.
 
 ``BatchMatMul``: ``y[b] = x[b] @ w[b]`` (or ``w[b]ᵀ``) of two activations: attention. Nothing is known at
 build, so a panel ``[K, 32]`` of w is copied into a thread's own buffer first (transposed on the way when
@@ -45,8 +47,14 @@ from effic.backends.tvm.kernels.lanes import (
 GEMV_ROWS = 4
 """Up to so many rows the bytes of the weight limit: wide panels keep more loads in flight."""
 
-_K_TILE = 2048
-"""Rows of a panel of 32 columns that stay in a quarter of a megabyte, half of a small L2 cache."""
+TALL_ROWS = 28
+"""Up to so many rows one or two register tiles hold them all: the weight is read as evenly as can be."""
+
+_AHEAD = 32
+"""Rows of a panel that are fetched ahead: some 6 KiB, what arrives while memory answers."""
+
+_K_TILE = 1024
+"""Rows of a panel of 48 columns that stay in a quarter of a megabyte, half of a small L2 cache."""
 
 
 def pack_panels(weight: np.ndarray, panel: int) -> np.ndarray:
@@ -97,7 +105,29 @@ class DenseMatMul:
         """Columns of a panel."""
         if self.panel is not None:
             return self.panel
-        return 4 * LANES if self.m is not None and self.m <= GEMV_ROWS else 2 * LANES
+        if self.m is None:
+            return 2 * LANES
+        if self.m <= GEMV_ROWS:
+            return 4 * LANES
+        if self.m <= TALL_ROWS:
+            # One tile of them all as long as the registers hold it, then two.
+            return LANES if 14 < self.m <= 16 else 2 * LANES
+        # Three vectors, except where the last panel would be mostly padding.
+        return 3 * LANES if -(-self.n // (3 * LANES)) * 3 * LANES <= self.n * 1.08 else 2 * LANES
+
+    @property
+    def packs(self) -> bool:
+        """Whether x is laid out as the tiles read it."""
+        return self.m is not None and self.m > GEMV_ROWS and self.n > 8 * LANES
+
+    def _most_rows(self, registers: int) -> int:
+        """Most rows of a register tile."""
+        if self.rows is not None:
+            return self.rows
+        vectors = self.columns // LANES
+        # A row of the panel and one broadcast need registers as well.
+        fit = min(registers // vectors, (registers + 3 - vectors) // vectors)
+        return max(1, min(fit, 16 if self.m is not None and self.m <= TALL_ROWS else 8))
 
     def why_not(self) -> str | None:
         """What the family cannot hold, as a sentence."""
@@ -120,68 +150,104 @@ class DenseMatMul:
     def prim_func(self, cpu: Cpu) -> Any:
         """``(x[M, K], w[panels, K, P], [bias[panels · P]], y[M, N])``."""
         width, panels = self.columns, -(-self.n // self.columns)
-        vectors = width // LANES
-        most = self.rows or max(1, min(registers(cpu, self.portable) // vectors, 8 if vectors <= 2 else 6))
+        most = self._most_rows(registers(cpu, self.portable))
         k_tile = self.k_tile or (_K_TILE if self.m is None or self.m > 2 * most else self.k)
+        length, whole, left = tiles(self.k, k_tile)
+        pieces = whole + (left > 0)
         result: list[Any] = []
         with function(self.name, result) as T:
             m = T.int64() if self.m is None else self.m
             x, w = argument(T, "x", (m, self.k)), argument(T, "w", (panels, self.k, width))
             bias = argument(T, "bias", (panels * width,)) if self.bias else None
             y = argument(T, "y", (m, self.n))
-            if self.m is None:
-                rows, full, rest = most, m // most, 0
-            else:
-                rows, full, rest = tiles(self.m, most)
-            flops = 2 * (self.m or most) * self.k * self.n
+            rows, full, rest = (most, m // most, 0) if self.m is None else tiles(self.m, most)
+            parallel = cpu.cores > 1 and 2 * (self.m or most) * self.k * self.n >= MIN_PARALLEL_FLOPS
             parts = 1 if self.m is None else _parts(panels, full, CHUNKS_PER_CORE * cpu.cores)
-            k_length, k_full, k_rest = tiles(self.k, k_tile)
-            tile = _Tile(T, self, x, lambda panel, k, v: w[panel, k, lanes(T, v * LANES)], bias, y)
-            with loop(T, panels * parts, cpu.cores > 1 and flops >= MIN_PARALLEL_FLOPS) as piece:
-                panel, part = (piece, 0) if parts == 1 else (piece // parts, piece % parts)
-                if k_full + (k_rest > 0) == 1:
-                    self._rows(T, tile, panel, part, parts, rows, full, rest, m, None, 0, self.k)
-                else:
-                    # Sums of the pieces of K so far, all rows of the panel.
-                    held = m if self.m is None else self.m
-                    sums = T.alloc_buffer((held, width), "float32", scope="global")
-                    for number in range(k_full + (k_rest > 0)):
-                        start = number * k_length
-                        stop = min(self.k, start + k_length)
-                        self._rows(T, tile, panel, part, parts, rows, full, rest, m, sums, start, stop)
+            tile = _Tile(T, self, lambda panel, k, v: w[panel, k, lanes(T, v * LANES)], bias, y, ahead=w)
+            held = self._laid(T, x, length, rows, full, rest, parallel) if self.packs else None
+            with loop(T, panels * parts, parallel) as work:
+                panel, part = (work, 0) if parts == 1 else (work // parts, work % parts)
+                # Sums of the pieces of K so far, all rows of the panel.
+                sums = T.alloc_buffer((m, width), "float32", scope="global") if pieces > 1 else None
+
+                def piece(index: Any, is_first: bool, is_last: bool) -> None:
+                    start = index * length
+                    span = _Span(start, left or length if is_last else length, is_first, is_last)
+
+                    def run(number: Any, row: Any, rows: int) -> None:
+                        def read(r: int, k: Any) -> Any:
+                            if held is None:
+                                return x[row + r, start + k]
+                            return held[index, number, k * rows + r]
+
+                        tile.run(panel, row, rows, read, sums, span)
+
+                    first = full * part // parts
+                    with T.serial(full * (part + 1) // parts - first) as number:
+                        run(first + number, (first + number) * rows, rows)
+                    if self.m is None:
+                        with T.serial(m % rows) as number:
+                            run(number, full * rows + number, 1)
+                    elif rest and parts == 1:
+                        run(full, full * rows, rest)
+                    elif rest:
+                        with T.If(part == parts - 1), T.Then():
+                            run(full, full * rows, rest)
+
+                piece(0, True, pieces == 1)
+                # A loop, not one code after the other: LLVM keeps only so many accesses in registers.
+                if pieces > 2:
+                    with T.serial(pieces - 2) as index:
+                        piece(index + 1, False, False)
+                if pieces > 1:
+                    piece(pieces - 1, False, True)
         return result[0]
 
-    def _rows(
-        self,
-        T: Any,
-        tile: _Tile,
-        panel: Any,
-        part: Any,
-        parts: int,
-        rows: int,
-        full: Any,
-        rest: int,
-        m: Any,
-        sums: Any,
-        start: int,
-        stop: int,
-    ) -> None:
-        """All register tiles of one part of one panel, over k in [start, stop)."""
-        if parts == 1:
-            with T.serial(full) as number:
-                tile.run(panel, number * rows, rows, sums, start, stop)
-        else:
-            first = full * part // parts
-            with T.serial(full * (part + 1) // parts - first) as number:
-                tile.run(panel, (first + number) * rows, rows, sums, start, stop)
-        if self.m is None:
-            with T.serial(m % rows) as number:
-                tile.run(panel, full * rows + number, 1, sums, start, stop)
-        elif rest and parts == 1:
-            tile.run(panel, full * rows, rest, sums, start, stop)
-        elif rest:
-            with T.If(part == parts - 1), T.Then():
-                tile.run(panel, full * rows, rest, sums, start, stop)
+    def _laid(self, T: Any, x: Any, length: int, rows: int, full: int, rest: int, parallel: bool) -> Any:
+        """x as the tiles read it: per piece of K and tile of rows, ``rows`` floats for each k.
+
+        In place, the rows of a tile are as many streams, and rows a power of two apart share a set of the
+        first cache.
+        """
+        whole, left = divmod(self.k, length)
+        shape = (whole + (left > 0), full + (rest > 0), length * rows + LANES)
+        held = T.alloc_buffer(shape, "float32", scope="global")
+
+        def lay(index: Any, number: Any, count: int, length: int, start: Any) -> None:
+            row, odd = number * rows, length % LANES
+            # A vector of 16 rows may write past ``count``: into the next k, which is written later.
+            for base in reversed(range(0, count, LANES)):
+                with T.serial(length // LANES) as block:
+                    first = start + block * LANES
+                    lines = [x[row + min(base + r, count - 1), lanes(T, first)] for r in range(LANES)]
+                    for j, vector in enumerate(transpose(T, lines)):
+                        at = (block * LANES + j) * count + base
+                        T.buffer_store(held, vector, [index, number, lanes(T, at)])
+            with T.serial(odd) as k, T.serial(count) as r:
+                at = length - odd + k
+                T.buffer_store(held, x[row + r, start + at], [index, number, at * count + r])
+
+        def pieces(number: Any, count: int) -> None:
+            with T.serial(whole) as index:
+                lay(index, number, count, length, index * length)
+            if left:
+                lay(whole, number, count, left, whole * length)
+
+        with loop(T, full, parallel and full > 1) as number:
+            pieces(number, rows)
+        if rest:
+            pieces(full, rest)
+        return held
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A piece of K: ``length`` from ``start`` on, and whether sums begin and end with it."""
+
+    start: Any
+    length: int
+    is_first: bool = True
+    is_last: bool = True
 
 
 def _parts(panels: int, tiles_of_rows: int, wanted: int) -> int:
@@ -190,37 +256,49 @@ def _parts(panels: int, tiles_of_rows: int, wanted: int) -> int:
 
 
 class _Tile:
-    """The register tile: ``rows × columns`` sums over a range of k, from x in place and a panel.
+    """The register tile: ``rows × columns`` sums over a range of k.
 
-    ``load(panel, k, v)`` is vector ``v`` of a row of the panel; ``batch`` are the leading indices of x and y.
+    ``load(panel, k, v)`` is vector ``v`` of a row of the panel, ``ahead`` the packed panels where they are
+    to be fetched ahead; ``batch`` are the leading indices of y.
     """
 
     def __init__(
         self,
         T: Any,
         spec: DenseMatMul | BatchMatMul,
-        x: Any,
         load: Callable[[Any, Any, int], Any],
         bias: Any,
         y: Any,
         batch: tuple[Any, ...] = (),
+        ahead: Any = None,
     ) -> None:
-        self.T, self.spec, self.x, self.load, self.bias, self.y = T, spec, x, load, bias, y
-        self.batch = batch
+        self.T, self.spec, self.load, self.bias, self.y = T, spec, load, bias, y
+        self.batch, self.ahead = batch, ahead
         self.vectors = spec.columns // LANES
 
-    def run(self, panel: Any, row: Any, rows: int, sums: Any, start: int, stop: int) -> None:
-        """Rows [row, row + rows) of one panel; the sums pass through ``sums`` when k is cut."""
+    def run(
+        self,
+        panel: Any,
+        row: Any,
+        rows: int,
+        read: Callable[[int, Any], Any],
+        sums: Any,
+        span: _Span,
+    ) -> None:
+        """Rows [row, row + rows) of one panel; ``read(r, k)`` is a float of x, from ``row`` and ``span`` on.
+
+        The sums pass through ``sums`` when k is cut.
+        """
         T, spec, vectors = self.T, self.spec, self.vectors
-        width, first, last = spec.columns, start == 0, stop == spec.k
+        width, start, length = spec.columns, span.start, span.length
         # Fewer than 8 sums would wait for each other: a multiply-add takes 4 cycles, two start per cycle.
         ways = 1
-        while rows * vectors * ways < 8 and (stop - start) >= 16 * ways:
+        while rows * vectors * ways < 8 and length >= 16 * ways:
             ways *= 2
         acc = accumulators(T, rows * vectors * ways)
         for r in range(rows):
             for v in range(vectors):
-                if not first:
+                if not span.is_first:
                     value = sums[row + r, lanes(T, v * LANES)]
                 elif self.bias is not None:
                     value = self.bias[lanes(T, panel * width + v * LANES)]
@@ -231,18 +309,20 @@ class _Tile:
             T.buffer_store(acc, splat(T, 0.0), [lanes(T, extra * LANES)])
 
         def step(k: Any, way: int) -> None:
+            if self.ahead is not None:
+                for v in range(vectors):
+                    prefetch(T, self.ahead[panel, start + k + _AHEAD, v * LANES])
             for r in range(rows):
                 for v in range(vectors):
                     at = lanes(T, ((way * rows + r) * vectors + v) * LANES)
-                    product = splat(T, self.x[(*self.batch, row + r, k)]) * self.load(panel, k, v)
+                    product = splat(T, read(r, k)) * self.load(panel, start + k, v)
                     T.buffer_store(acc, acc[at] + product, [at])
 
-        length = stop - start
         with T.serial(length // ways) as group:
             for way in range(ways):
-                step(start + group * ways + way, way)
+                step(group * ways + way, way)
         for way in range(length % ways):
-            step(stop - length % ways + way, way)
+            step(length - length % ways + way, way)
 
         def total(r: int, v: int) -> Any:
             at = [acc[lanes(T, ((way * rows + r) * vectors + v) * LANES)] for way in range(ways)]
@@ -250,7 +330,7 @@ class _Tile:
                 at = [a + b for a, b in zip(at[::2], at[1::2], strict=True)]
             return at[0]
 
-        if not last:
+        if not span.is_last:
             for r in range(rows):
                 for v in range(vectors):
                     T.buffer_store(sums, total(r, v), [row + r, lanes(T, v * LANES)])
@@ -363,11 +443,14 @@ class BatchMatMul:
                 group, panel = piece // panels, piece % panels
                 load = self._packed(T, w, group, panel) if self.packs else self._direct(T, w, group)
                 with T.serial(self.repeat) as copy:
-                    tile = _Tile(T, self, x, load, None, y, (group * self.repeat + copy,))
+                    batch = group * self.repeat + copy
+                    tile = _Tile(T, self, load, None, y, (batch,))
                     with T.serial(full) as number:
-                        tile.run(panel, number * rows, rows, None, 0, self.k)
+                        row = number * rows
+                        tile.run(panel, row, rows, lambda r, k: x[batch, row + r, k], None, _Span(0, self.k))
                     if rest:
-                        tile.run(panel, full * rows, rest, None, 0, self.k)
+                        row = full * rows
+                        tile.run(panel, row, rest, lambda r, k: x[batch, row + r, k], None, _Span(0, self.k))
         return result[0]
 
     def _direct(self, T: Any, w: Any, group: Any) -> Callable[[Any, Any, int], Any]:
@@ -413,6 +496,12 @@ class BatchMatMul:
 
         copy()
         return lambda _, k, v: held[k, lanes(T, v * LANES)]
+
+
+def prefetch(T: Any, element: Any) -> None:
+    """Ask for the line of an element; one past the end of its buffer is no error."""
+    arguments = [T.address_of(element), T.int32(0), T.int32(3), T.int32(1)]  # to read, keep near, data
+    T.evaluate(T.call_llvm_intrin("llvm.prefetch", *arguments, dtype="void"))
 
 
 def transpose(T: Any, rows: list[Any]) -> list[Any]:

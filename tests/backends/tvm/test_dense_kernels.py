@@ -38,7 +38,7 @@ def check_dense(spec: DenseMatMul, cpu: Cpu, rows: int) -> None:
 @given(
     m=st.integers(1, 40),
     k=st.integers(1, 70),
-    n=st.integers(1, 150),
+    n=st.integers(1, 300),
     bias=st.booleans(),
     activation=st.sampled_from([None, "relu", "clip"]),
     k_tile=st.sampled_from([None, 16, 33]),
@@ -65,15 +65,21 @@ def test_large_products_share_the_work_between_threads(host: Cpu, m: int, k: int
     check_dense(DenseMatMul(m, k, n, bias=True), host, m)
 
 
+@pytest.mark.parametrize("m", [9, 16, 27, 41])
+@pytest.mark.parametrize("k_tile", [24, 63])
+def test_sums_wait_between_many_pieces_of_the_inputs(host: Cpu, m: int, k_tile: int) -> None:
+    check_dense(DenseMatMul(m, 125, 170, bias=True, activation="relu", k_tile=k_tile), with_cores(host, 1), m)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 8, 21])
 @pytest.mark.parametrize("k_tile", [None, 20])
 def test_rows_may_be_known_at_run_time_only(host: Cpu, rows: int, k_tile: int | None) -> None:
     check_dense(DenseMatMul(None, 48, 50, bias=True, k_tile=k_tile), host, rows)
 
 
-@pytest.mark.parametrize(("panel", "rows"), [(16, 8), (32, 12), (64, 6), (128, 1)])
+@pytest.mark.parametrize(("panel", "rows"), [(16, 8), (16, 28), (32, 12), (64, 6), (128, 1)])
 def test_any_tile_gives_the_product(host: Cpu, panel: int, rows: int) -> None:
-    check_dense(DenseMatMul(13, 37, 141, panel=panel, rows=rows), host, 13)
+    check_dense(DenseMatMul(29, 37, 141, panel=panel, rows=rows), host, 29)
 
 
 def test_the_portable_form_of_an_old_cpu_compiles() -> None:

@@ -9,10 +9,10 @@ import click
 from effic.cli import console
 
 if TYPE_CHECKING:
-    from effic.backends.tvm.tune import Tuning
+    from effic.backends.tvm.tune import Tuned, Tuning
 
 ROWS = 12
-"""Kernels that are printed; ``--json`` has them all."""
+"""Kernels and functions that are printed; ``--json`` has them all."""
 
 
 @click.command()
@@ -24,7 +24,8 @@ ROWS = 12
 @click.option("--log", metavar="DIR", required=True, help="The folder where what was measured is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def tune(model: str, target: str, trials: int, log: str, as_json: bool) -> None:
-    """Try ways to make the kernels that MODEL calls, on this machine, and keep in DIR what was measured.
+    """Try ways to make the kernels that MODEL calls, and schedules of MetaSchedule for what has no kernel, on this
+    machine, and keep in DIR what was measured.
 
     A build takes it with --target 'tvm-cpu{tuned=DIR}'. Tune the model as it will be built (quantized, say)
     and with the same sizes and number of threads. A run that was interrupted, or is given more trials, goes
@@ -52,32 +53,38 @@ def tune(model: str, target: str, trials: int, log: str, as_json: bool) -> None:
         _print(found)
 
 
+def _how(one: Tuned) -> str:
+    if one.kind == "schedule":
+        return "MetaSchedule's" if one.tile else "effic's own schedule"
+    return " ".join(f"{name}={size}" for name, size in one.tile.items()) or "default"
+
+
 def _print(found: Tuning) -> None:
     if not found.kernels:
-        console.print_result("this model calls no kernel that can be tuned")
+        console.print_result("this model calls nothing that can be tuned")
         return
     console.print_result(
         console.table(
-            "kernel", ">calls", ">each", ">faster", "tile",
+            "kernel or function", ">calls", ">each", ">faster", "tile",
             rows=[
                 [
                     one.name,
                     str(one.calls),
                     console.seconds(one.seconds),
                     f"{one.speedup:.2f}x" if one.tile else "-",
-                    " ".join(f"{name}={size}" for name, size in one.tile.items()) or "default",
+                    _how(one),
                 ]
                 for one in found.kernels[:ROWS]
             ],
         )
     )  # fmt: skip
     if len(found.kernels) > ROWS:
-        console.print_result(f"… {len(found.kernels) - ROWS} more kernels: see --json")
+        console.print_result(f"… {len(found.kernels) - ROWS} more: see --json")
     crashed = f", {found.crashed} of them crashed" if found.crashed else ""
     left = f"; {found.left} more can be tried" if found.left else ""
     console.print_result(
         "",
         f"{found.trials} candidates tried in {console.seconds(found.seconds)}{crashed}{left}",
-        f"these kernels together: {found.speedup:.2f} times as fast as in their default tiles, each measured alone",
+        f"together: {found.speedup:.2f} times as fast as by default, each measured alone",
         f"build with: --target 'tvm-cpu{{tuned={found.log}}}'",
     )

@@ -100,7 +100,7 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     module, parameters, signature = build_relax(model, cpu, backend.shapes, options)
     called = called_functions(module) if options["tuned"] else {}
     clock.stage("compiling")
-    executable, naive = compile_module(module, cpu)
+    executable, naive = compile_module(module, cpu, options["tuned"])
     del module
     clock.stage("linking")
     library = os.path.join(folder, LIBRARY)
@@ -197,12 +197,41 @@ def _remarks(
     for name, reason in naive.items():
         remarks.missed(name, f"left as naive loops: {reason}")
     if tuned is not None:
-        for name in sorted(set(called or ()) & set(tuned.without)):
+        _tell_tuned(remarks, tuned, called or {})
+    return remarks.items
+
+
+def _tell_tuned(remarks: Remarks, tuned: TunedKernels, called: Mapping[str, int]) -> None:
+    """Which kernels and functions have no record that fits, and how many functions run a tuned schedule."""
+    # A converter asks for a kernel before it decides: what is not called is not missed.
+    for name in sorted({*called, *tuned.asked}):
+        if name in tuned.without:
             remarks.missed(
                 name,
                 f"not tuned: {tuned.folder} has no record of it for this CPU, number of threads and these versions",
             )
-    return remarks.items
+        elif name in tuned.unfit:
+            remarks.missed(
+                name, f"not tuned: the record in {tuned.folder} does not fit it: {tuned.unfit[name]}"
+            )
+    known = tuned.functions.values()
+    if not known:
+        return
+    faster = sorted(
+        f"{name} {one:.2f}x" for name, one in tuned.functions.items() if one is not None and one != 1
+    )
+    own, untried = sum(one == 1 for one in known), sum(one is None for one in known)
+    remarks.passed(
+        "schedules",
+        f"{len(faster)} of {len(tuned.asked)} functions without a kernel run a tuned schedule"
+        + (f" ({', '.join(faster)})" if faster else "")
+        + f"; effic's own was the fastest for {own}"
+        + (
+            f"; no candidate was tried for {untried}, as they take little time or trials ran out"
+            if untried
+            else ""
+        ),
+    )
 
 
 def _manifest(

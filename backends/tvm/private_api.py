@@ -3,7 +3,7 @@
 The ONNX importer of TVM converts whole files only, weights included. Its converters of single operators
 are what effic needs: they are reached through ``onnx_frontend._get_convert_map``. An ordinary operator
 goes this way; what the importer gets wrong or does not know has a converter of effic's own in
-:mod:`effic.backends.tvm.operators`.
+:mod:`effic.backends.tvm.operators`. Of MetaSchedule, the context that tuning needs is made without its constructor.
 """
 
 from __future__ import annotations
@@ -83,6 +83,23 @@ def convert_by_importer(bb: relax.BlockBuilder, node: ir.Node, inputs: list[Any]
         whole = bb.emit(result)
         return [bb.emit(relax.TupleGetItem(whole, i)) for i in range(len(result.ty.fields))]
     return [result]
+
+
+def tune_context(module: Any, target: Any, generator: Any) -> Any:
+    """MetaSchedule's context of one module, which makes a space generator ready for use.
+
+    Its own constructor imports every tensor intrinsic of TVM, which takes a minute of processor time and serves
+    none of the rules that effic uses; this is the rest of it.
+    """
+    from tvm.s_tir.meta_schedule import TuneContext, _ffi_api
+
+    context = TuneContext.__new__(TuneContext)
+    seed, threads = 1, 1
+    context.__init_handle_by_constructor__(
+        _ffi_api.TuneContext, module, target, generator, None, "main", threads, seed, None
+    )
+    _ffi_api.TuneContextInitialize(context)
+    return context
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

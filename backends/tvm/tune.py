@@ -1,7 +1,8 @@
-"""Measure which tile suits each of a model's kernels best on this machine.
+"""Measure which tile suits each of a model's kernels best on this machine, and which schedule what has no kernel.
 
-The parent keeps the records; the child lowers the model, compiles candidates and times them. A candidate whose code
-takes the child down is recorded as crashed, and a fresh child goes on with the others.
+Both share the trials by their time in the model. The parent keeps the records; the child lowers the model, compiles
+candidates and times them. A candidate whose code takes the child down is recorded as crashed, and a fresh child goes
+on with the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from effic.backends import get_backend
 from effic.backends.tvm.child import Tell, run_in_child
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from effic.backends.tvm.cpu import Cpu
     from effic.backends.tvm.targets import TvmCpu
     from effic.backends.tvm.tune_measure import Ready
+    from effic.backends.tvm.tune_schedule import FunctionTask
 
 CHILD = "effic.backends.tvm.tune:tune_in_child"
 """What the child runs."""
@@ -39,23 +41,28 @@ QUICK_TURNS, SURE_TURNS = 9, 31
 NOISE = 0.02
 """Faster by less than this share is no difference, whatever the quartiles say."""
 
+WORTH = 1e-3
+"""Functions without a kernel that take less than this share of the time are left as they are."""
+
 _MODEL, _TRYING = "model.onnx", "trying.json"
 _EXTERNAL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What is known of one kernel.
+    """What is known of one kernel or function.
 
     Attributes:
+        kind: ``kernel``, or ``schedule`` for a function that has no kernel.
         name: of its function in the default tile.
         calls: how often the model calls it, all sets of sizes together.
         seconds: of one call in the default tile.
         speedup: time of the default by that of the chosen tile; 1 where the default stays.
-        tile: the chosen one; empty for the default.
+        tile: the chosen one, or the schedule; empty for the default.
         tried: candidates with a record.
     """
 
+    kind: str
     name: str
     calls: int
     seconds: float
@@ -71,10 +78,11 @@ class Tuning:
     Attributes:
         target: as text.
         log: the folder of the records.
-        kernels: by their share of the time, largest first.
+        kernels: and functions, by their share of the time, largest first.
         trials: candidates tried in this run.
         crashed: how many of them crashed.
-        left: candidates that could still be tried, as far as they are known.
+        left: candidates that could still be tried, as far as they are known: one for a function that was not
+            looked at.
         seconds: wall time.
     """
 
@@ -177,13 +185,48 @@ def tune_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 @dataclass
-class Task:
+class KernelTask:
     """A kernel that can be tuned: in its default tile, and how often it is called."""
+
+    kind: ClassVar[str] = "kernel"
+    is_known: ClassVar[bool] = True
 
     spec: Any
     key: str
     calls: int
+    cpu: Cpu
     names: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of its function in the default tile."""
+        name: str = self.spec.name
+        return name
+
+    def weight_bytes(self) -> int:
+        """Bytes of its weights as a model has them."""
+        from effic.backends.tvm.tune_measure import weight_bytes
+
+        return weight_bytes(self.spec)
+
+    def prepare(self, tile: Tile, footprint: int) -> Ready:
+        """Compile it in a tile."""
+        from effic.backends.tvm.tune_measure import prepare
+
+        return prepare(with_tile(self.spec, tile) if tile else self.spec, self.cpu, footprint)
+
+    def why_not(self, tile: Tile) -> str | None:
+        """Why a tile is none that would be tried, a phrase, or None."""
+        from effic.backends.tvm.tune_tiles import why_not_tile
+
+        return why_not_tile(self.spec, self.cpu, tile)
+
+    def candidates(self, records: Records) -> list[Tile]:
+        """The tiles worth trying next."""
+        from effic.backends.tvm.tune_tiles import candidates
+
+        found = candidates(self.spec, self.cpu, records.chosen(self.key), records.tried(self.key))
+        return [tile for tile in found if with_tile(self.spec, tile).why_not() is None]
 
 
 class _Collect:
@@ -197,51 +240,53 @@ class _Collect:
         return spec
 
 
-def find_tasks(model: Model, cpu: Cpu, shapes: str, activations: str) -> list[Task]:
-    """The distinct kernels with tiles that a model calls; those of unknown sizes are left out."""
+def find_tasks(model: Model, cpu: Cpu, shapes: str, activations: str) -> list[KernelTask | FunctionTask]:
+    """The distinct kernels with tiles that a model calls, and the functions beside them; those of unknown sizes are
+    left out."""
     from effic.backends.tvm.relax_builder import build_relax
     from effic.backends.tvm.schedule.pipeline import called_functions
+    from effic.backends.tvm.tune_schedule import find_functions
 
     asked = _Collect()
     options = {"activations": activations, "tuned": asked}
     module, _, _ = build_relax(model, cpu, shapes, options, weights=False)
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, KernelTask] = {}
     for name, calls in called_functions(module).items():
         spec = asked.specs.get(name)
         if spec is None or None in (getattr(spec, "m", 0), getattr(spec, "batch", 0)):
             continue
         key = key_of(spec, cpu)
-        task = tasks.setdefault(key, Task(spec, key, 0))
+        task = tasks.setdefault(key, KernelTask(spec, key, 0, cpu))
         task.calls += calls
         task.names.append(name)
-    return list(tasks.values())
+    return [*tasks.values(), *find_functions(module, cpu)]
 
 
 class Tuner:
     """Tries candidates, those first from which most can be hoped."""
 
-    def __init__(self, cpu: Cpu, tasks: list[Task], records: Records, trying: Path) -> None:
-        from effic.backends.tvm.tune_measure import weight_bytes
-
+    def __init__(
+        self, cpu: Cpu, tasks: list[KernelTask | FunctionTask], records: Records, trying: Path
+    ) -> None:
         self.cpu, self.tasks, self.records, self.trying = cpu, tasks, records, trying
         self._ready: list[tuple[Tile, Ready]] = []
-        self.footprint = sum(task.calls * weight_bytes(task.spec) for task in tasks)
+        self.footprint = sum(task.calls * task.weight_bytes() for task in tasks)
 
     def run(self, trials: int, done: int, total: int, tell: Tell) -> int:
         """Try candidates while there are some; returns how many are left."""
         for task in self.tasks:
             if task.key not in self.records.bases:
-                tell("timing the kernels as they are", done, total)
+                tell("timing the functions as they are", done, total)
                 self._base(task)
         while trials > 0 and (best := self._next()) is not None:
             batch = self._candidates(best)[: min(BATCH, trials)]
             for number, tile in enumerate(batch):
-                tell(f"kernels {self._speedup():.2f}x", done + number, total)
+                tell(self._so_far(), done + number, total)
                 self._compile(best, tile)
             self._compare(best)
             trials, done = trials - len(batch), done + len(batch)
-        tell(f"kernels {self._speedup():.2f}x", done, total)
-        return sum(len(self._candidates(task)) for task in self.tasks)
+        tell(self._so_far(), done, total)
+        return sum(self._left(task) for task in self.tasks)
 
     def rows(self) -> list[dict[str, Any]]:
         """:class:`Tuned` of every task, as JSON holds it."""
@@ -250,7 +295,8 @@ class Tuner:
             choice = self.records.choices.get(task.key)
             found.append(
                 {
-                    "name": task.spec.name,
+                    "kind": task.kind,
+                    "name": task.name,
                     "calls": task.calls,
                     "seconds": self._seconds(task),
                     "speedup": 1.0 if choice is None else choice.speedup,
@@ -260,45 +306,71 @@ class Tuner:
             )
         return sorted(found, key=lambda row: -row["calls"] * row["seconds"])
 
-    def _seconds(self, task: Task) -> float:
+    def _seconds(self, task: KernelTask | FunctionTask) -> float:
         base = self.records.bases.get(task.key)
         return 0.0 if base is None else base.seconds
 
-    def _speedup(self) -> float:
+    def _so_far(self) -> str:
+        """How fast kernels and functions are so far."""
         rows = self.rows()
-        after = sum(row["calls"] * row["seconds"] / row["speedup"] for row in rows)
-        return sum(row["calls"] * row["seconds"] for row in rows) / after if after else 1.0
+        said = []
+        for kind in ("kernel", "schedule"):
+            mine = [row for row in rows if row["kind"] == kind]
+            after = sum(row["calls"] * row["seconds"] / row["speedup"] for row in mine)
+            if after:
+                before = sum(row["calls"] * row["seconds"] for row in mine)
+                said.append(f"{kind}s {before / after:.2f}x")
+        return ", ".join(said) or "nothing to tune"
 
-    def _candidates(self, task: Task) -> list[Tile]:
-        from effic.backends.tvm.tune_tiles import candidates
+    def _candidates(self, task: KernelTask | FunctionTask) -> list[Tile]:
+        if task.kind == "kernel":
+            return task.candidates(self.records)
+        if not self._is_worth(task):
+            return []
+        from effic.backends.tvm.tune_schedule import REFUSALS
 
-        found = candidates(task.spec, self.cpu, self.records.chosen(task.key), self.records.tried(task.key))
-        return [tile for tile in found if with_tile(task.spec, tile).why_not() is None]
+        self._note(Trial(task.key, {}, "crashed"))
+        try:
+            return task.candidates(self.records)
+        except REFUSALS:
+            self.records.add([Trial(task.key, {}, "refused")])
+            return []
+        finally:
+            self.trying.unlink()
 
-    def _next(self) -> Task | None:
+    def _is_worth(self, task: KernelTask | FunctionTask) -> bool:
+        whole = sum(one.calls * self._seconds(one) for one in self.tasks)
+        return task.calls * self._seconds(task) >= WORTH * whole
+
+    def _left(self, task: KernelTask | FunctionTask) -> int:
+        if task.is_known:
+            return len(self._candidates(task))
+        return int(self._is_worth(task) and {} not in self.records.tried(task.key))
+
+    def _next(self) -> KernelTask | FunctionTask | None:
         """The task with most time per candidate tried already."""
-        open_tasks = [task for task in self.tasks if self._candidates(task)]
-        return max(
-            open_tasks,
+        ranked = sorted(
+            self.tasks,
             key=lambda task: task.calls * self._seconds(task) / (1 + len(self.records.tried(task.key))),
-            default=None,
+            reverse=True,
         )
+        return next((task for task in ranked if self._candidates(task)), None)
 
-    def _base(self, task: Task) -> None:
-        from effic.backends.tvm.tune_measure import prepare, seconds
+    def _base(self, task: KernelTask | FunctionTask) -> None:
+        from effic.backends.tvm.tune_measure import seconds
 
-        kernel = prepare(task.spec, self.cpu, self.footprint)
+        kernel = task.prepare({}, self.footprint)
         self.records.add([Base(task.key, seconds(kernel, QUICK_TURNS))])
 
-    def _compile(self, task: Task, tile: Tile) -> None:
+    def _compile(self, task: KernelTask | FunctionTask, tile: Tile) -> None:
         """Make a candidate ready to be timed, and run it once."""
-        from effic.backends.tvm.tune_measure import REFUSALS, prepare, same
+        from effic.backends.tvm.tune_measure import REFUSALS, same
 
         if not self._ready:
-            self._ready.append(({}, prepare(task.spec, self.cpu, self.footprint)))
+            self._ready.append(({}, task.prepare({}, self.footprint)))
         self._note(Trial(task.key, tile, "crashed"))
         try:
-            kernel = prepare(with_tile(task.spec, tile), self.cpu, self.footprint)
+            kernel = task.prepare(tile, self.footprint)
         except REFUSALS:
             self.records.add([Trial(task.key, tile, "refused")])
             return
@@ -307,9 +379,9 @@ class Tuner:
         else:
             self.records.add([Trial(task.key, tile, "wrong")])
 
-    def _compare(self, task: Task) -> None:
+    def _compare(self, task: KernelTask | FunctionTask) -> None:
         """Time what is ready beside the default; keep the best of it where it is better than what is used."""
-        from effic.backends.tvm.tune_measure import beside, prepare
+        from effic.backends.tvm.tune_measure import beside
 
         self.trying.unlink(missing_ok=True)
         (_, default), *ready = self._ready
@@ -324,12 +396,10 @@ class Tuner:
         best = max(range(len(ready)), key=lambda i: ratios[i].median)
         tile, kernel = ready[best]
         used = self.records.choices.get(task.key)
+        if used is not None and task.why_not(used.tile) is not None:
+            used = None  # of somebody who edits the file
         if ratios[best].median > (1 + NOISE) * (1.0 if used is None else used.speedup):
-            rival = (
-                default
-                if used is None
-                else prepare(with_tile(task.spec, used.tile), self.cpu, self.footprint)
-            )
+            rival = default if used is None else task.prepare(used.tile, self.footprint)
             against, beside_default = beside([rival, kernel, default], SURE_TURNS)[1:]
             if against.low > 1 and against.median > 1 + NOISE:
                 speedup = against.median / beside_default.median

@@ -137,7 +137,7 @@ def prepare_function(function: Any, cpu: Cpu) -> Ready:
     Raises:
         RuntimeError, ValueError, TypeError, AssertionError: it cannot be compiled.
     """
-    run = tvm.compile(function.with_attr("global_symbol", "main"), cpu.target())["main"]
+    run = compile_kernel(function.with_attr("global_symbol", "main"), cpu)
     stored: list[Any] = []
     tvm_ffi.structural_walk(function.body, (tirx.BufferStore, lambda store: stored.append(store.buffer)))
     written = [any(buffer.same_as(one) for buffer in stored) for one in function.params]

@@ -33,10 +33,18 @@ TILES: dict[str, tuple[str, ...]] = {
 }
 """The fields of each family that change how fast a kernel is and nothing else; None leaves a field to it."""
 
+SCHEDULE = "Schedule"
+"""The family of functions that have no kernel of effic's; what :mod:`effic.backends.tvm.tune_schedule` makes."""
+
+_MOST_SPACES, _MOST_DECISIONS, _MOST_SIZES, _LARGEST = 1 << 10, 256, 16, 1 << 30
+
 # What is added and clamped in the end costs the same in every tile.
 _EPILOGUE = ("bias", "residual", "activation", "low", "high", "scale")
 
-Tile = dict[str, int]
+Decision = int | list[int]
+Tile = dict[str, Any]
+"""Of a kernel: its fields of :data:`TILES` that are not None. Of a function: ``space``, the number of one of
+MetaSchedule's spaces, and ``decisions``, a :data:`Decision` for each of its instructions that takes one."""
 Status = Literal["timed", "crashed", "refused", "wrong"]
 Spec = TypeVar("Spec")
 
@@ -47,7 +55,7 @@ class Trial:
 
     Attributes:
         key: of the kernel, see :func:`key_of`.
-        tile: its fields of :data:`TILES` that are not None.
+        tile: what was tried; empty for a function whose spaces could not be written.
         status: ``timed``; ``crashed``: the process died of it; ``refused``: TVM does not compile it; ``wrong``:
             its result is not the default's.
         speedup: time of the default by its time, 0 where it was not timed.
@@ -193,18 +201,39 @@ def _read(line: str) -> Row | None:
     try:
         fields = json.loads(line)
         row = _ROWS[fields.pop("kind")](**fields)
-        family = json.loads(row.key)[0]
         tile = {} if isinstance(row, Base) else row.tile
-        known = set(tile) <= set(TILES[family]) and all(type(n) is int and n > 0 for n in tile.values())
+        known = _is_tile(json.loads(row.key)[0], tile)
         if isinstance(row, Trial):
             known = known and isinstance(row.speedup, (int, float))
         elif isinstance(row, Choice):
             known = known and min(row.speedup, row.low, row.high) > 0
         else:
             known = known and row.seconds > 0
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
     return row if known else None
+
+
+def _is_tile(family: str, tile: Tile) -> bool:
+    """Whether a tile is one in form: small numbers under the names that its family has."""
+    if family != SCHEDULE:
+        return set(tile) <= set(TILES[family]) and all(type(n) is int and n > 0 for n in tile.values())
+    if not tile:
+        return True
+    decisions = tile["decisions"]
+    return (
+        set(tile) == {"space", "decisions"}
+        and type(tile["space"]) is int
+        and 0 <= tile["space"] < _MOST_SPACES
+        and type(decisions) is list
+        and len(decisions) <= _MOST_DECISIONS
+        and all(
+            0 < len(one) <= _MOST_SIZES and all(type(n) is int and 0 < n < _LARGEST for n in one)
+            if type(one) is list
+            else type(one) is int and abs(one) < _LARGEST
+            for one in decisions
+        )
+    )
 
 
 class TunedKernels:
@@ -214,6 +243,10 @@ class TunedKernels:
         folder: the folder.
         used: names of the kernels that were made by a record, and how much faster each had been measured.
         without: how often kernels without a record were asked for, by name.
+        unfit: kernels and functions whose record is none that tuning would make, and why, by name.
+        asked: names of the functions without a kernel that are not of open sizes.
+        functions: how much faster the schedule of each of these had been measured; 1 where effic's own was the
+            best, None where no candidate was tried.
     """
 
     def __init__(self, folder: str) -> None:
@@ -231,6 +264,9 @@ class TunedKernels:
         self._records = Records(folder)
         self.used: dict[str, float] = {}
         self.without: Counter[str] = Counter()
+        self.unfit: dict[str, str] = {}
+        self.asked: set[str] = set()
+        self.functions: dict[str, float | None] = {}
 
     def apply(self, spec: Spec, cpu: Cpu) -> Spec:
         """The spec in the tile that its record names, itself where there is none or it does not fit."""
@@ -246,9 +282,37 @@ class TunedKernels:
         from effic.backends.tvm.tune_tiles import why_not_tile
 
         # A file of anyone's: only what tuning would try is made, for a tile of thousands compiles for hours.
-        if why_not_tile(spec, cpu, tile) is not None:
-            self.without[name] += 1
+        if (reason := why_not_tile(spec, cpu, tile)) is not None:
+            self.unfit[name] = reason
             return spec
         tuned = with_tile(spec, tile)
         self.used[tuned.name] = self._records.choices[key].speedup  # type: ignore[attr-defined]
         return tuned
+
+    def schedule(self, function: Any, name: str, cpu: Cpu) -> Any | None:
+        """A function without a kernel in the schedule that its record names; None where effic's own stays."""
+        from effic.backends.tvm.tune_schedule import REFUSALS, Spaces, UnfitScheduleError, key_of_function
+
+        key = key_of_function(function, cpu)
+        if key is None:
+            return None
+        self.asked.add(name)
+        if key not in self._records.trials:
+            if key in self._records.bases:
+                self.functions[name] = None
+            else:
+                self.without[name] += 1
+            return None
+        if not (tile := self._records.chosen(key)):
+            self.functions[name] = 1.0
+            return None
+        try:
+            made = Spaces(function, cpu).scheduled(tile)
+        except UnfitScheduleError as error:
+            self.unfit[name] = str(error)
+            return None
+        except REFUSALS:
+            self.unfit[name] = "MetaSchedule has no spaces for this function"
+            return None
+        self.functions[name] = self._records.choices[key].speedup
+        return made

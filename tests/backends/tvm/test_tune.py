@@ -18,7 +18,7 @@ from effic.backends.tvm import tune as tuning
 from effic.backends.tvm import versions
 from effic.backends.tvm.artifact import TvmArtifact
 from effic.backends.tvm.targets import TvmCpu
-from effic.backends.tvm.tune import find_tasks, tune_kernels
+from effic.backends.tvm.tune import KernelTask, find_tasks, tune_kernels
 from effic.backends.tvm.tune_records import FILE, Choice, Records, Trial, with_tile
 from effic.backends.tvm.tune_tiles import cache_tiles, register_tiles
 from effic.cli.main import main
@@ -52,6 +52,12 @@ def linear(rows: int | str = ROWS) -> Model:
     return Model(ir.Model(graph, ir_version=10))
 
 
+def kernels() -> list[KernelTask]:
+    """The kernels among what can be tuned."""
+    found = find_tasks(linear(), TvmCpu(num_cores=1).cpu(), "", "fp32")
+    return [task for task in found if isinstance(task, KernelTask)]
+
+
 def effic(*argv: str | Path) -> Result:
     return CliRunner().invoke(main, [str(one) for one in argv], prog_name="effic")
 
@@ -75,7 +81,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_called_is_found_once_with_its_calls() -> None:
-    tasks = find_tasks(linear(), get_backend(TARGET).cpu(), "", "fp32")  # type: ignore[attr-defined]
+    tasks = kernels()
     assert sorted((task.spec.k, task.spec.n, task.calls) for task in tasks) == [(K, N, 1), (N, K, 2)]
     # Rows that are known at run time only are nothing to measure.
     assert find_tasks(linear("rows"), get_backend(TARGET).cpu(), "", "fp32") == []  # type: ignore[attr-defined]
@@ -87,7 +93,7 @@ def test_trials_are_counted_and_kept(home: Path) -> None:
     assert found["left"] > 0
     assert found["speedup"] >= 1
     assert len(tried(home / "log")) == len(set(tried(home / "log"))) == 4
-    assert sorted(one["calls"] for one in found["kernels"]) == [1, 2]
+    assert sorted(one["calls"] for one in found["kernels"] if one["kind"] == "kernel") == [1, 2]
     assert all(one["seconds"] > 0 for one in found["kernels"])
     assert sum(one["tried"] for one in found["kernels"]) == 4
     assert {t.status for trials in Records(home / "log").trials.values() for t in trials} == {"timed"}
@@ -103,13 +109,13 @@ def test_records_are_used_again_and_added_to(home: Path) -> None:
         home / "model.onnx", home / "log", target=TARGET, trials=1000, progress=lambda *row: heard.append(row)
     )
     assert (
-        told.trials == len(tried(home / "log")) - 4 == json.loads((home / "first.json").read_text())["left"]
+        told.trials == len(tried(home / "log")) - 4 >= json.loads((home / "first.json").read_text())["left"]
     )
     assert told.left == 0
     assert len(tried(home / "log")) == len(set(tried(home / "log")))
     assert (home / "log" / FILE).read_bytes().startswith(before)
     assert heard[-1][0].startswith("kernels ")
-    assert heard[-1][0].endswith("x")
+    assert "x, schedules " in heard[-1][0]
     assert heard[-1][1:] == (told.trials, 1000)
 
 
@@ -117,7 +123,7 @@ def test_records_are_used_again_and_added_to(home: Path) -> None:
 def chosen(tmp_path: Path) -> Path:
     """Records by which the kernel that is called twice has a tile of its own; the other one has none."""
     cpu = TvmCpu(num_cores=1).cpu()
-    task = next(task for task in find_tasks(linear(), cpu, "", "fp32") if task.calls == 2)
+    task = next(task for task in kernels() if task.calls == 2)
     tile = TILE
     assert tile in register_tiles(task.spec, cpu)
     Records(tmp_path / "my log").add(
@@ -158,7 +164,7 @@ def test_every_tile_computes_the_same() -> None:
     from effic.backends.tvm.tune_measure import prepare, same
 
     cpu = TvmCpu(num_cores=1).cpu()
-    for task in find_tasks(linear(), cpu, "", "fp32"):
+    for task in kernels():
         default = prepare(task.spec, cpu, 0)
         assert not same(default.output, default.output + 1)
         for tile in [*register_tiles(task.spec, cpu)[:3], *cache_tiles(task.spec, cpu, {})]:

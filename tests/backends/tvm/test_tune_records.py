@@ -150,7 +150,7 @@ def test_a_tile_that_nobody_would_try_is_not_made(tmp_path: Path, tile: dict[str
     )
     tuned = TunedKernels(str(tmp_path))
     assert tuned.apply(DENSE, CPU) == DENSE
-    assert list(tuned.without) == [DENSE.name]
+    assert list(tuned.unfit) == [DENSE.name]
 
 
 def test_a_folder_without_records_is_a_sentence(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -17,16 +16,6 @@ torch = pytest.importorskip("torch")
 from torch.nn import functional  # noqa: E402
 
 from effic.backends.torch.sparse_training import SRSTE, STE, MaskLLM, learn_masks, masks_of  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def load(data_dir: Path) -> ModuleType:
-    pytest.importorskip("safetensors")
-    pytest.importorskip("PIL")
-    spec = importlib.util.spec_from_file_location("effic_real_data", data_dir / "load.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_masks_of_a_language_model_are_learned(load: ModuleType, data_dir: Path, tmp_path: Path) -> None:

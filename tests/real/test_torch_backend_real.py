@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -26,16 +25,6 @@ FILES = {
     "stories260k.onnx": 1e-5,
     "version-RFB-320.onnx": 1e-5,
 }
-
-
-@pytest.fixture(scope="module")
-def load(data_dir: Path) -> ModuleType:
-    pytest.importorskip("safetensors")
-    pytest.importorskip("PIL")
-    spec = importlib.util.spec_from_file_location("effic_real_data", data_dir / "load.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_file_is_listed(data_dir: Path) -> None:

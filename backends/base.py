@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,6 +86,10 @@ class Backend(abc.ABC):
         """Sizes of the model's dynamic dimensions, by name, that a build runs at; empty where any will do."""
         return {}
 
+    def buckets(self, model: Model) -> list[dict[str, int]]:
+        """All sets of such sizes that a build has code for, :meth:`sizes` the first; none where any will do."""
+        return [sizes] if (sizes := self.sizes(model)) else []
+
     def build(
         self,
         model: Model,
@@ -108,6 +112,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def load(self, path: str | os.PathLike[str], *, threads: int = 1) -> Artifact:
         """Open a file or folder that was built for this target."""
+
+    def run_apart(
+        self, path: str | os.PathLike[str], feeds: Iterable[Mapping[str, np.ndarray]]
+    ) -> Iterator[Arrays]:
+        """Outputs of a build for each of several sets of inputs, one after the other."""
+        artifact = self.load(path)
+        return (artifact.run(inputs) for inputs in feeds)
 
     @classmethod
     def summary(cls) -> str:

@@ -354,6 +354,9 @@ def _print(report: Report, dry_run: bool, report_file: str | None) -> None:
         "",
         _totals(report),
     )  # fmt: skip
+    for row in report.buckets:
+        sizes = ", ".join(f"{name}={size}" for name, size in row["sizes"].items())
+        console.print_result(f"at {sizes}: {row['verdict']}")
     if report.accuracy is not None:
         print_accuracy(report.accuracy)
     if report.speed is not None:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effic.backends.artifact import Artifact
-from effic.backends.base import Backend, Tell
+from effic.backends.base import Arrays, Backend, Tell
 from effic.backends.tvm.manifest import MANIFEST, Manifest, Port, read_manifest
 from effic.ir.errors import CheckFailedError, UsageError
 from effic.ir.evaluate import Distance, Oracle, compare_outputs, rounding_tolerance, seeded_inputs
@@ -27,6 +27,7 @@ from effic.ir.tensors import Scratch
 from effic.ir.whole_files import Before
 from effic.ir.whole_folder import WholeFolder, why_not_replace
 from effic.passes.base import Numerics
+from effic.passes.calibration import Calibration
 from effic.passes.pipeline import Step, judge
 
 REORDERED = 10.0
@@ -79,6 +80,10 @@ class FolderBuild:
     def load(self, threads: int = 1) -> Artifact:
         """The artifact, where it lies now."""
         return self._backend.load(self._folder.path, threads=threads)
+
+    def run(self, feeds: Iterator[Mapping[str, np.ndarray]]) -> Iterator[Arrays]:
+        """Outputs for each of several sets of inputs."""
+        return self._backend.run_apart(self._folder.path, feeds)
 
     def keep(
         self,
@@ -247,7 +252,58 @@ def check_build(
         CheckFailedError: it is further off than its arithmetic explains.
     """
     reference = Oracle(canonical).run(inputs) if wanted is None else wanted
-    distance = compare_outputs(reference, build.outputs or {})
+    return _judged(canonical, backend, reference, build.outputs or {})
+
+
+def check_buckets(
+    build: FolderBuild,
+    canonical: Model,
+    backend: Backend,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Hold what a build computes at each of its sets of sizes but the first against the model, one after another.
+
+    The inputs are the first calibration sample that has the sizes, or made up.
+
+    Args:
+        build, canonical, backend: see :func:`check_build`, which is for the first set.
+        calibration: samples of the user's, or None.
+        seed: of made-up inputs.
+
+    Returns:
+        A row for each: ``sizes``, ``verdict`` and ``distance``.
+
+    Raises:
+        CheckFailedError: one of them is further off than its arithmetic explains.
+    """
+    others = backend.buckets(canonical)[1:]
+    if not others:
+        return []
+
+    def feeds() -> Iterator[Mapping[str, np.ndarray]]:
+        for sizes in others:
+            model = pinned(canonical, sizes)
+            samples = () if calibration is None else calibration.feeds()
+            fitting = (arrays for arrays in samples if _misfit(model, arrays) is None)
+            yield next(fitting, None) or seeded_inputs(model, seed)
+
+    oracle, rows = Oracle(canonical), []
+    for sizes, inputs, got in zip(others, feeds(), build.run(feeds()), strict=True):
+        where = ",".join(f"{name}={size}" for name, size in sizes.items())
+        verdict, distance = _judged(canonical, backend, oracle.run(inputs), got, f" at {where}")
+        rows.append({"sizes": sizes, "verdict": verdict, "distance": distance.to_dict()})
+    return rows
+
+
+def _judged(
+    canonical: Model,
+    backend: Backend,
+    reference: Mapping[str, np.ndarray],
+    got: Mapping[str, np.ndarray],
+    where: str = "",
+) -> tuple[str, Distance]:
+    distance = compare_outputs(reference, got)
     rounds = getattr(backend, "activations", "fp32") == "int8" or _rounds(canonical)
     tolerance = REORDERED * rounding_tolerance(canonical)
     numerics = Numerics.LOSSY if rounds else Numerics.ROUNDING
@@ -256,7 +312,8 @@ def check_build(
         verdict = f"broken: SQNR {distance.sqnr_db:.1f} dB, at least {LEAST_SQNR_DB:g} dB are required"
     if verdict.startswith("broken"):
         raise CheckFailedError(
-            f"what {backend.text} built is not the model: {verdict.removeprefix('broken: ')}; nothing was written"
+            f"what {backend.text} built is not the model{where}: {verdict.removeprefix('broken: ')}; nothing was "
+            "written"
         )
     return verdict, distance
 

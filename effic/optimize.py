@@ -14,13 +14,22 @@ import numpy as np
 
 from effic.faster import SpeedGuard
 from effic.fit import refuse_misfit
-from effic.folder_build import FolderBuild, check_build, folder_files, inputs_that_fit, pinned, refuse_output
+from effic.folder_build import (
+    FolderBuild,
+    check_buckets,
+    check_build,
+    folder_files,
+    inputs_that_fit,
+    pinned,
+    refuse_output,
+)
 from effic.guard import Accuracy, Guard
 from effic.ir.cost import ModelCost, model_cost
 from effic.ir.errors import CheckFailedError, UsageError
 from effic.ir.evaluate import Distance, Oracle, compare_outputs, load_inputs
 from effic.ir.memory import peak_memory, reset_peak_memory
 from effic.ir.model import Model
+from effic.ir.onnx_checks import refuse_name
 from effic.ir.onnx_format import read_onnx
 from effic.ir.verify import verify
 from effic.ir.whole_files import Stamp, why_no_file
@@ -55,6 +64,8 @@ class Report:
         before, after: costs of the model (weights, parameters, nodes, multiply-adds).
         verdict: what the check of the finished file found, in words.
         distance: its outputs' distance from the original's, or None without a check.
+        buckets: what the check found at each set of sizes but the first that a build has code for: ``sizes``,
+            ``verdict`` and ``distance`` from the model as the passes left it.
         output: path of the file written, or None.
         file_bytes: bytes of the input file and of the output file, external data included.
         seconds: time of the whole job.
@@ -74,6 +85,7 @@ class Report:
     after: ModelCost
     verdict: str
     distance: Distance | None
+    buckets: list[dict[str, Any]]
     output: str | None
     file_bytes: tuple[int | None, int | None]
     seconds: float
@@ -290,12 +302,14 @@ def optimize(
             lambda text, *_: _tell(progress, f"{target}: {text}", len(sequence), steps_in_all),
         )
         folder.note(lowered)
-    verdict, distance = "not checked", None
+    verdict, distance, buckets = "not checked", None, []
     if checker is not None and canonical is not None:
         _tell(progress, "running the result", len(sequence) + 1, steps_in_all)
         verdict, distance = _check_result(
             model, canonical, checker, sequence, lowered, check, backend, folder
         )
+        if folder is not None:
+            buckets = check_buckets(folder, canonical, backend, calibration, seed)
     if guard is not None:
         _tell(progress, "scoring the result", len(sequence) + 1, steps_in_all)
         guard.finish(model, None if folder is None else folder.load().run)
@@ -350,6 +364,7 @@ def optimize(
         after=after,
         verdict=verdict,
         distance=distance,
+        buckets=buckets,
         output=written,
         file_bytes=(input_bytes, output_bytes),
         seconds=time.perf_counter() - began,
@@ -501,6 +516,7 @@ def _file_tolerance(model: Model, sequence: Sequence[Pass]) -> float:
 def refuse_early(output: str | os.PathLike[str], force: bool, folder_wanted: bool) -> None:
     """Say what would stop the saving before the work is done, not after it."""
     path = os.fspath(output)
+    refuse_name(path)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} for the output does not exist; make it first")

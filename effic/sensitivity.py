@@ -133,7 +133,9 @@ class Sensitivity:
         )
         more = f", {len(rows)} of {len(self.rows)} sites" if len(self.rows) > len(rows) else ""
         axes.set_title(f"{self.step}: each site alone{more}", fontsize=10, loc="left")
-        figure.savefig(path, dpi=120)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=120, format=os.fspath(path).rpartition(".")[2])
+        write_whole(path, drawn.getvalue())
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
@@ -20,7 +21,7 @@ from typing import NoReturn
 import onnx
 import onnx_ir as ir
 
-from effic.ir.errors import InvalidModelError
+from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.external_files import DataFiles, ExternalDataError
 
 _ATTRIBUTE = onnx.AttributeProto
@@ -105,6 +106,19 @@ def printable(text: str) -> str:
     """``text`` on one line, short, and without characters that would steer a terminal."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 300 else f"{text[:200]} ... {text[-90:]}"
+
+
+def refuse_name(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that ONNX, whose texts are UTF-8, cannot name.
+
+    Raises:
+        UsageError: it holds other bytes.
+    """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        shown = printable(os.path.abspath(path))
+        raise UsageError(f"the path {shown} is not valid UTF-8, as ONNX needs it; rename it.") from error
 
 
 class _Checker:

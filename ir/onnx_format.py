@@ -23,7 +23,7 @@ from effic.ir.errors import InvalidModelError, UsageError
 from effic.ir.external_files import DataFiles, ExternalDataError
 from effic.ir.file_map import FileMap
 from effic.ir.model import Model, Origin, optional_inputs
-from effic.ir.onnx_checks import Limits, check_model, printable
+from effic.ir.onnx_checks import Limits, check_model, printable, refuse_name
 from effic.ir.onnx_writer import model_bytes, to_proto, write_onnx
 from effic.ir.opset import raise_opset
 from effic.ir.protobuf_scan import ScanError, skeleton
@@ -64,10 +64,11 @@ def read_onnx(path: str | os.PathLike[str], *, limits: Limits = Limits()) -> Mod
         The model; its large weights are memory-mapped.
 
     Raises:
-        UsageError: there is no such file, or it may not be read.
+        UsageError: there is no such file, it may not be read, or its path is no UTF-8.
         InvalidModelError: the file is no ONNX model, broken, hostile, or beyond the limits.
     """
     path = os.fspath(path)
+    refuse_name(path)
     # The marker cannot be guessed, so no file can pass its own external data off as inline bytes.
     files = DataFiles(_open(path), f"inline-{secrets.token_hex(16)}")
     proto = _parse(path, files, limits)

@@ -17,6 +17,7 @@ from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.file_map import FileMap
 from effic.ir.mapped import MappedTensor
 from effic.ir.model import Model
+from effic.ir.onnx_checks import refuse_name
 from effic.ir.protobuf_scan import field_header, skeleton
 from effic.ir.tensors import drop_pages
 from effic.ir.whole_files import Before, WholeFiles
@@ -70,6 +71,7 @@ def write_onnx(
         UnsupportedError: a single file was asked for, and protobuf cannot hold it (2 GiB).
     """
     path = os.fspath(path)
+    refuse_name(path)
     if os.path.isdir(path):
         raise UsageError(f"{path} is a folder; name a file to write.")
     if os.path.lexists(path) and not force:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from effic.backends.base import Backend, Built, Tell
+from effic.backends.base import Arrays, Backend, Built, Tell
 from effic.backends.tvm.artifact import TvmArtifact, import_tvm
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
@@ -82,10 +82,19 @@ class TvmCpu(Backend):
         }
 
     def sizes(self, model: Model) -> dict[str, int]:
+        return next(iter(self.buckets(model)), {})
+
+    def buckets(self, model: Model) -> list[dict[str, int]]:
         from effic.backends.tvm.specialize import parse_shapes
 
-        buckets = parse_shapes(self.shapes)
-        return buckets[0] if buckets else {}
+        return parse_shapes(self.shapes)
+
+    def run_apart(
+        self, path: str | os.PathLike[str], feeds: Iterable[Mapping[str, np.ndarray]]
+    ) -> Iterator[Arrays]:
+        from effic.backends.tvm.run_apart import run_apart
+
+        return run_apart(path, feeds)
 
     def lower(self, model: Model, remarks: Remarks) -> Model:
         """Refuse what cannot be compiled; what each node becomes is decided when it is built.
@@ -180,10 +189,19 @@ class TvmCuda(Backend):
         return {"arch": self.arch}
 
     def sizes(self, model: Model) -> dict[str, int]:
+        return next(iter(self.buckets(model)), {})
+
+    def buckets(self, model: Model) -> list[dict[str, int]]:
         from effic.backends.tvm.specialize import parse_shapes
 
-        buckets = parse_shapes(self.shapes)
-        return buckets[0] if buckets else {}
+        return parse_shapes(self.shapes)
+
+    def run_apart(
+        self, path: str | os.PathLike[str], feeds: Iterable[Mapping[str, np.ndarray]]
+    ) -> Iterator[Arrays]:
+        from effic.backends.tvm.run_apart import run_apart
+
+        return run_apart(path, feeds)
 
     def lower(self, model: Model, remarks: Remarks) -> Model:
         """Refuse what cannot be compiled; what each node becomes is decided when it is built.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from effic.cli.main import main
+from effic.ir.errors import UsageError
+from effic.ir.onnx_format import read_onnx
+from effic.models import digits_path
 
 
 def _load() -> ModuleType:
@@ -53,3 +57,24 @@ def test_the_other_commands_refuse_too(command: str, tmp_path: Path) -> None:
         result = CliRunner().invoke(main, [command, path, *([path] if command == "compare" else [])])
         assert result.exit_code == 2, (kind, result.output)
         assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux")
+def test_paths_that_onnx_cannot_name_are_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model\udcff.onnx").write_bytes(digits_path().read_bytes())
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
+    for argv in (
+        ("show", "model\udcff.onnx"),
+        ("optimize", "model\udcff.onnx", "-o", "out.onnx"),
+        ("optimize", str(digits_path()), "-o", "out\udcff.onnx"),
+    ):
+        done = CliRunner().invoke(main, argv)
+        assert done.exit_code == 2, done.output
+        assert done.output.count("\n") == 1
+        assert "is not valid UTF-8, as ONNX needs it; rename it" in done.output
+    with pytest.raises(UsageError, match="not valid UTF-8"):
+        read_onnx(digits_path()).save("out\udcff.onnx")
+    assert sorted(os.listdir()) == before

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +20,7 @@ pytest.importorskip("tvm", reason="apache-tvm is not installed")
 
 from effic.backends import get_backend
 from effic.backends.artifact import Artifact
+from effic.backends.base import Built
 from effic.backends.ort.artifact import OrtArtifact
 from effic.backends.tvm import features
 from effic.backends.tvm.artifact import TvmArtifact
@@ -24,7 +28,7 @@ from effic.backends.tvm.manifest import read_manifest
 from effic.backends.tvm.targets import TvmCpu
 from effic.bench import BenchResult, Timing
 from effic.cli.main import main
-from effic.folder_build import FolderBuild, check_build, inputs_that_fit
+from effic.folder_build import FolderBuild, check_buckets, check_build, inputs_that_fit
 from effic.ir.errors import (
     CheckFailedError,
     MissingExtraError,
@@ -37,6 +41,7 @@ from effic.ir.evaluate import Oracle, compare_outputs
 from effic.ir.model import Model
 from effic.optimize import optimize
 from effic.passes.base import Remarks
+from effic.passes.calibration import Calibration
 from effic.reproduce import reproduce
 from effic.show import inspect_model
 from effic.testing import check_target
@@ -226,6 +231,9 @@ def test_sizes_of_dynamic_dimensions_are_buckets(tmp_path: Path) -> None:
     )
     assert report.distance is not None
     assert report.distance.max_rel < 1e-5
+    assert [row["sizes"] for row in report.buckets] == [{"rows": 3}]
+    assert report.buckets[0]["verdict"].startswith(("rounding", "exact"))
+    assert report.to_dict()["buckets"][0]["distance"]["max_rel"] < 1e-5
     artifact, model = TvmArtifact.load(tmp_path / "out.tvm"), Oracle(linear("rows"))
     for rows in (1, 3):
         inputs = {"x": np.random.default_rng(rows).standard_normal((rows, K)).astype(np.float32)}
@@ -236,6 +244,50 @@ def test_sizes_of_dynamic_dimensions_are_buckets(tmp_path: Path) -> None:
         inputs_that_fit(
             TvmCpu(shapes="rows=1"), linear("rows"), {"x": np.zeros((5, K), np.float32)}, given=True, seed=0
         )
+
+
+def test_a_bucket_that_is_not_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second function gets the two weights, which are of one size, in the wrong order.
+    monkeypatch.setitem(globals(), "N", K)
+    build = TvmCpu.build
+
+    def wrong(self: TvmCpu, model: Model, path: str | os.PathLike[str], **options: Any) -> Built:
+        built, manifest = build(self, model, path, **options), read_manifest(path)
+        first, second = manifest.buckets
+        assert len(second.parameters) == 2
+        second = dataclasses.replace(second, parameters=second.parameters[::-1])
+        dataclasses.replace(manifest, buckets=(first, second)).write(path)
+        return built
+
+    monkeypatch.setattr(TvmCpu, "build", wrong)
+    linear("rows").save(tmp_path / "model.onnx")
+    argv = ("--passes", "eliminate-dead-code", "--target", 'tvm-cpu{shapes="rows=1;rows=3"}')
+    done = effic("optimize", tmp_path / "model.onnx", *argv, "-o", tmp_path / "out.tvm")
+    assert done.exit_code == 1, done.output
+    assert "built is not the model at rows=3: " in done.stderr
+    del done  # its traceback holds the folder, which goes with the process otherwise
+    gc.collect()
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_samples_of_its_sizes_are_taken_for_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, backend = linear("rows"), TvmCpu(shapes="rows=1;rows=3;rows=5")
+    samples = {"x": np.random.default_rng(3).standard_normal((3, K)).astype(np.float32)}
+    calibration = Calibration.load([samples], model)
+    seen: list[dict[str, np.ndarray]] = []
+
+    class Right(FolderBuild):
+        def __init__(self) -> None:
+            pass
+
+        def run(self, feeds: Any) -> Any:
+            seen.extend(feeds)
+            return (Oracle(model).run(inputs) for inputs in seen)
+
+    rows = check_buckets(Right(), model, backend, calibration)
+    assert [row["sizes"]["rows"] for row in rows] == [3, 5]
+    np.testing.assert_array_equal(seen[0]["x"], samples["x"])
+    assert seen[1]["x"].shape == (5, K)
 
 
 def test_the_examples_of_the_page_run_as_they_stand(

@@ -7,25 +7,25 @@ call, else by each block for its own groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.kernels.dense import transpose
 from effic.backends.tvm.kernels.lanes import (
     LANES,
-    MIN_PARALLEL_FLOPS,
     accumulators,
     function,
-    lanes,
     loop,
-    registers,
     splat,
     tiles,
 )
 from effic.backends.tvm.kernels.quantized import CHUNKS, COLUMNS, QuantizedMatMul
+from effic.backends.tvm.kernels.quantized_activations import Activations, Laid
 
-DIRECT_ROWS = 4
-"""Up to so many rows fp32 arithmetic decodes words as it goes; beyond, a block is decoded once for all."""
+TURNED_ROWS = 4
+"""From so many rows in a tile on, outliers meet the activations of all of them at once."""
 
 DECODED_K = 256
 """Most k of 32 columns that are decoded at a time: 32 KiB; twice as many were 4 % slower."""
@@ -36,12 +36,7 @@ SHARED_GROUPS = 4
 PANEL = 2
 """Chunks of a decoded panel."""
 
-DIGITS = 3
-"""Bytes that an fp32 activation is cut into for integer arithmetic: 24 bits, as many as its fraction has."""
-
 VPERMPS = "llvm.x86.avx512.permvar.sf.512"
-_VCVTPS2DQ = "llvm.x86.avx512.mask.cvtps2dq.512"
-_CURRENT_ROUNDING = 4
 VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
 
 
@@ -53,51 +48,10 @@ def quantized_function(spec: QuantizedMatMul, cpu: Cpu) -> Any:
     return result[0]
 
 
-@dataclass(frozen=True)
-class Laid:
-    """Activations as the tiles read them: a row per group of columns and row of x.
-
-    Attributes:
-        values: fp32 ``[groups, rows, padded_k + a line]``, or int8 with a row per digit, the highest first.
-        sums: what the zero points take off: fp32 per group along k, or int32 per digit and segment.
-        scales: fp32 of the lowest digit per segment, integers only.
-        first: the group that index 0 stands for.
-        row: the row of x that index 0 stands for.
-    """
-
-    values: Any
-    sums: Any
-    scales: Any
-    first: Any
-    row: Any
-
-
-class QuantizedCode:
+class QuantizedCode(Activations):
     """Writes the function of one spec; other codes of weights change how a vector of them is read."""
 
-    def __init__(self, spec: QuantizedMatMul, cpu: Cpu, T: Any) -> None:
-        self.spec, self.T = spec, T
-        self.avx512 = cpu.avx512 and not spec.portable
-        self.vnni = cpu.vnni and not spec.portable
-        self.registers = registers(cpu, spec.portable) - (0 if self.avx512 else 2)
-        self.inputs = spec.grouping == "ic"
-        self.integers = spec.activations == "int8" or self.vnni
-        self.direct = self.integers or spec.m <= DIRECT_ROWS
-        self.digits = 1 if spec.activations == "int8" else DIGITS
-        flops = 2 * spec.m * spec.k * spec.n
-        self.parallel = cpu.cores > 1 and flops >= MIN_PARALLEL_FLOPS
-
     # -- vectors ----------------------------------------------------------------------------------
-
-    def read(self, buffer: Any, *index: Any) -> Any:
-        """Sixteen neighbours."""
-        return buffer[(*index[:-1], lanes(self.T, index[-1]))]
-
-    def write_lanes(self, buffer: Any, value: Any, *index: Any) -> None:
-        self.T.buffer_store(buffer, value, [*index[:-1], lanes(self.T, index[-1])])
-
-    def integer(self, value: Any) -> Any:
-        return self.T.broadcast(self.T.int32(value) if isinstance(value, int) else value, LANES)
 
     def decoded(self, word: Any, k: int) -> Any:
         """Code ``k`` of 16 words, less the middle of the range, as floats."""
@@ -160,217 +114,68 @@ class QuantizedCode:
         else:
             self.write_panels()
 
-    # -- activations ------------------------------------------------------------------------------
-
-    def plain_activations(self) -> Any:
-        """x as it is where the weight is not padded along k, else a copy with zeros in the same places.
-
-        A dense tile reads many rows at once, and takes a copy in any case.
-        """
-        spec, T = self.spec, self.T
-        if spec.padded_k == spec.k and self.direct:
-            return self.x
-        # A line more per row: rows a power of two apart would fall into one set of the L1 cache. It is written
-        # to (as in lay_out), because TVM cuts off what no statement touches.
-        plain = T.alloc_buffer((spec.m, spec.padded_k + LANES), "float32")
-        stride = spec.pieces * spec.segment
-        full = spec.k // spec.k_group
-
-        def copy(row: Any, group: Any, count: int) -> None:
-            whole = count // LANES * LANES
-            if whole:
-                with T.serial(whole // LANES) as i:
-                    value = self.read(self.x, row, group * spec.k_group + i * LANES)
-                    self.write_lanes(plain, value, row, group * stride + i * LANES)
-            if count > whole:
-                with T.serial(count - whole) as i:
-                    value = self.x[row, group * spec.k_group + whole + i]
-                    T.buffer_store(plain, value, [row, group * stride + whole + i])
-            if stride > count:
-                with T.serial(stride - count) as i:
-                    T.buffer_store(plain, T.float32(0), [row, group * stride + count + i])
-
-        with T.serial(spec.m) as row:
-            self.write_lanes(plain, splat(T, 0.0), row, spec.padded_k)
-            with T.serial(full) as group:
-                copy(row, group, spec.k_group)
-            if spec.k % spec.k_group:
-                copy(row, full, spec.k % spec.k_group)
-        return plain
-
-    def lay_out(self, groups: int, first: Any, row: Any, rows: int, parallel: bool) -> Laid:
-        """Activations of ``groups`` groups of columns from ``first`` on and ``rows`` rows from ``row`` on."""
-        spec, T = self.spec, self.T
-        if self.integers:
-            lines = rows * self.digits
-            values = T.alloc_buffer((groups, lines, spec.padded_k + 64), "int8")
-            sums = T.alloc_buffer((groups, lines, spec.segments), "int32")
-            scales = T.alloc_buffer((groups, rows, spec.segments), "float32")
-        else:
-            values = T.alloc_buffer((groups, rows, spec.padded_k + LANES), "float32")
-            sums = T.alloc_buffer((groups, rows, spec.k_groups), "float32")
-            scales = None
-        laid = Laid(values, sums, scales, first, row)
-        with loop(T, groups * rows, parallel) as i:
-            group, line = T.floordiv(i, rows), T.floormod(i, rows)
-            if self.integers:
-                for digit in range(self.digits):
-                    at = [group, line * self.digits + digit, T.ramp(spec.padded_k, 1, 64)]
-                    T.buffer_store(values, T.broadcast(T.int8(0), 64), at)
-                with T.serial(spec.segments) as segment:
-                    self.round_segment(laid, group, line, segment)
-            else:
-                self.write_lanes(values, splat(T, 0.0), group, line, spec.padded_k)
-                with T.serial(spec.k_groups) as k_group:
-                    self.scale_group(laid, group, line, k_group)
-        return laid
-
-    def activation(self, laid: Laid, group: Any, row: Any, k: Any) -> Any:
-        value = self.read(self.plain, laid.row + row, k)
-        if self.inputs:
-            value = value * self.read(self.scales, laid.first + group, k)
-        return value
-
-    def scale_group(self, laid: Laid, group: Any, row: Any, k_group: Any) -> None:
-        """fp32: activations of one group along k, and what its zero points take off."""
-        spec, T = self.spec, self.T
-        length = spec.pieces * spec.segment
-        total = accumulators(T, 1)
-        self.write_lanes(total, splat(T, 0.0), 0)
-        with T.serial(length // LANES) as i:
-            k = k_group * length + i * LANES
-            value = self.activation(laid, group, row, k)
-            self.write_lanes(laid.values, value, group, row, k)
-            if self.zeros is not None:
-                if self.inputs:
-                    value = value * T.cast(self.read(self.zeros, laid.first + group, k), "float32x16")
-                self.write_lanes(total, self.read(total, 0) + value, 0)
-        T.buffer_store(laid.sums, self.reduced(self.read(total, 0), "add"), [group, row, k_group])
-
-    def round_segment(self, laid: Laid, group: Any, row: Any, segment: Any) -> None:
-        """Integers: activations of a segment, their scale, and the sums that the codes' zero takes off."""
-        spec, T = self.spec, self.T
-        count = spec.segment // LANES
-        kept = T.alloc_buffer((spec.segment,), "float32", scope="local")
-        # Sizes compare as their bits do; several maxima, for one would wait for itself at every step.
-        largest = T.alloc_buffer((min(4, count) * LANES,), "int32", scope="local")
-        for i in range(count):
-            value = self.activation(laid, group, row, segment * spec.segment + i * LANES)
-            self.write_lanes(kept, value, i * LANES)
-            size = T.reinterpret("int32x16", self.read(kept, i * LANES))
-            size = T.bitwise_and(size, self.integer(0x7FFFFFFF))
-            if i >= 4:
-                size = T.max(self.read(largest, i % 4 * LANES), size)
-            self.write_lanes(largest, size, i % 4 * LANES)
-        size = self.read(largest, 0)
-        for i in range(1, min(4, count)):
-            size = T.max(size, self.read(largest, i * LANES))
-        peak = T.alloc_buffer((2,), "float32", scope="local")
-        T.buffer_store(peak, T.reinterpret("float32", self.reduced(size, "smax", "int32")), [0])
-        # The highest digit is at most 127, and leaves no carry for those below it.
-        steps = T.float32(127 << 8 * (self.digits - 1))
-        T.buffer_store(laid.scales, peak[0] / steps, [group, row, segment])
-        # Below, the quotient would be no number; such activations count as zero.
-        least = T.float32(1e-36 if self.digits == 1 else 1e-31)
-        quotient = T.Select(peak[0] < least, T.float32(0), steps / T.max(peak[0], least))
-        T.buffer_store(peak, quotient, [1])
-        total = T.alloc_buffer((self.digits * LANES,), "int32", scope="local")
-        for digit in range(self.digits):
-            self.write_lanes(total, self.integer(0), digit * LANES)
-        for i in range(count):
-            k = segment * spec.segment + i * LANES
-            scaled = self.read(kept, i * LANES) * T.broadcast(peak[1], LANES)
-            number = self.rounded(scaled)
-            zero = None
-            if self.inputs and self.zeros is not None:
-                zero = T.cast(self.read(self.zeros, laid.first + group, k), "int32x16")
-                zero = zero + self.integer(spec.middle)
-            for digit, code in enumerate(self.digits_of(number)):
-                self.write_lanes(laid.values, T.cast(code, "int8x16"), group, row * self.digits + digit, k)
-                code = code if zero is None else code * zero
-                self.write_lanes(total, self.read(total, digit * LANES) + code, digit * LANES)
-        for digit in range(self.digits):
-            whole = self.reduced(self.read(total, digit * LANES), "add", "int32")
-            T.buffer_store(laid.sums, whole, [group, row * self.digits + digit, segment])
-
-    def digits_of(self, number: Any) -> list[Any]:
-        """Signed bytes that 16 integers consist of, as integers, the highest first."""
-        T = self.T
-        if self.digits == 1:
-            return [number]
-        # Half its range on top of each digit and turned back after: a negative digit borrows from the next.
-        half = self.integer(0x00808080)
-        turned = T.bitwise_xor(number + half, half)
-        return [
-            T.shift_right(T.shift_left(turned, self.integer(24 - 8 * digit)), self.integer(24))
-            for digit in reversed(range(self.digits))
-        ]
-
-    def rounded(self, value: Any) -> Any:
-        """The nearest integers, of two the even one."""
-        T = self.T
-        if self.avx512:
-            mask, mode = T.Cast("int16", T.int32(-1)), T.int32(_CURRENT_ROUNDING)
-            return T.call_llvm_pure_intrin(_VCVTPS2DQ, value, self.integer(0), mask, mode, dtype="int32x16")
-        return T.cast(T.nearbyint(value), "int32x16")
-
-    def reduced(self, vector: Any, how: str, dtype: str = "float32") -> Any:
-        """One number of 16 lanes."""
-        T = self.T
-        kind = "v16f32" if dtype == "float32" else "v16i32"
-        if how == "add" and dtype == "float32":
-            return T.call_llvm_pure_intrin(
-                "llvm.vector.reduce.fadd.v16f32", T.float32(0), vector, dtype=dtype
-            )
-        return T.call_llvm_pure_intrin(f"llvm.vector.reduce.{how}.{kind}", vector, dtype=dtype)
-
     # -- words as they come -----------------------------------------------------------------------
 
     def write_direct(self) -> None:
         spec, T = self.spec, self.T
-        most = max(1, self.registers - 4)
-        lines = self.digits if self.integers else 1
-        rows, full, rest = tiles(spec.m, max(1, min(12, most) // lines))
+        most, lines = max(1, self.registers - 4), self.digits if self.integers else 1
+        # 12 x 2 sums at a time, but 16 x 1 where that takes all rows at once.
+        self.step = max(1, min(LANES if spec.m * lines <= LANES else 12, most) // lines)
+        rows, full, rest = tiles(spec.m, LANES // self.step * self.step)
+        self.step = min(self.step, rows)
         chunks = CHUNKS
-        while chunks > 1 and rows * lines * chunks > most:
+        while chunks > 1 and self.step * lines * chunks > most:
             chunks //= 2
         laid = None
         if not self.inputs or spec.n_groups <= SHARED_GROUPS:
             groups = spec.n_groups if self.inputs else 1
             laid = self.lay_out(groups, 0, 0, spec.m, self.parallel and spec.m >= LANES)
+        turned = self.turned_activations(rows) if spec.outliers and rows >= TURNED_ROWS else None
         with loop(T, spec.blocks, self.parallel) as block:
             sums = T.alloc_buffer((rows, COLUMNS), "float32")
 
-            def tile(first: Any, count: int) -> None:
-                here = laid
-                if here is None:
+            def tile(number: Any, count: int) -> None:
+                first = number * rows
+                if laid is None:
                     group = T.floordiv(block * COLUMNS, spec.n_stride)
                     here = self.lay_out(max(1, COLUMNS // spec.n_stride), group, first, count, False)
-                self.direct_tile(here, sums, block, first, count, chunks)
+                else:
+                    here = replace(laid, begin=first)
+                self.direct_tile(here, sums, block, count, chunks)
+                if turned is not None:
+                    self.add_turned_outliers(turned, number, sums, block, count)
+                elif spec.outliers:
+                    self.add_outliers(sums, block, first, count)
+                for row in range(count):
+                    self.store_row(sums, row, block, first + row, 0, CHUNKS)
 
             if full > 1:
                 with T.serial(full) as number:
-                    tile(number * rows, rows)
+                    tile(number, rows)
             else:
                 tile(0, rows)
             if rest:
-                tile(full * rows, rest)
+                tile(full, rest)
 
-    def direct_tile(self, laid: Laid, sums: Any, block: Any, first: Any, rows: int, chunks: int) -> None:
-        spec, T = self.spec, self.T
+    def direct_tile(self, laid: Laid, sums: Any, block: Any, rows: int, chunks: int) -> None:
+        """Sums of ``rows`` rows and the columns of a block."""
+        T = self.T
         with T.serial(rows * CHUNKS) as i:
             self.write_lanes(sums, splat(T, 0.0), T.floordiv(i, CHUNKS), T.floormod(i, CHUNKS) * LANES)
-        # Chunks within pieces of k: the words are taken in nearly the order they lie in.
-        with T.serial(spec.segments if self.integers else spec.k_groups) as piece:
-            if chunks < CHUNKS:
+        step, full, rest = tiles(rows, self.step)
+        # Rows and chunks within pieces of k: the words are taken in nearly the order they lie in, and stay
+        # in the L1 cache.
+        with T.serial(self.pieces(chunks)) as piece:
+            with T.serial(full * (CHUNKS // chunks)) as i:
+                row, part = T.floordiv(i, CHUNKS // chunks) * step, T.floormod(i, CHUNKS // chunks)
+                self.direct_chunks(laid, sums, block, row, step, piece, part * chunks, chunks)
+            if rest:
                 with T.serial(CHUNKS // chunks) as part:
-                    self.direct_chunks(laid, sums, block, first, rows, piece, part * chunks, chunks)
-            else:
-                self.direct_chunks(laid, sums, block, first, rows, piece, 0, chunks)
-        if self.spec.outliers:
-            self.add_outliers(sums, block, first, rows)
-        for row in range(rows):
-            self.store_row(sums, row, block, first + row, 0, CHUNKS)
+                    self.direct_chunks(laid, sums, block, full * step, rest, piece, part * chunks, chunks)
+
+    def pieces(self, chunks: int) -> int:
+        """Into how many pieces of k a tile is cut: segments (integers) or groups (fp32)."""
+        return self.spec.segments if self.integers else self.spec.k_groups
 
     def group_of(self, laid: Laid, block: Any, chunk: Any) -> Any:
         """Which group of columns a chunk is in, counted from the first that is laid out."""
@@ -392,11 +197,11 @@ class QuantizedCode:
             (line, chunk, (line * chunks + chunk) * LANES) for line in range(lines) for chunk in range(chunks)
         ]
         groups = [self.group_of(laid, block, start + chunk) for chunk in range(chunks)]
-        line0 = (first - laid.row) * digits
+        begun = (laid.begin + first) * digits
         for line, chunk, cell in cells:
             value = splat(T, 0.0)
             if self.integers:
-                begin = laid.sums[groups[chunk], line0 + line, part]
+                begin = laid.sums[groups[chunk], begun + line, part]
                 if self.zeros is None or not self.inputs:
                     begin = begin * T.int32(spec.middle)
                 value = self.integer(T.int32(0) - begin)
@@ -407,7 +212,7 @@ class QuantizedCode:
             # Chunks innermost: an activation is used up at once, and needs no register for long.
             for k in range(0, spec.per_word, 4 if self.integers else 1):
                 for line, chunk, cell in cells:
-                    here, at = (groups[chunk], line0 + line), index * spec.per_word + k
+                    here, at = (groups[chunk], begun + line), index * spec.per_word + k
                     value = self.read(total, cell)
                     if self.integers:
                         four = laid.values[(*here, T.ramp(at, 1, 4))]
@@ -424,14 +229,7 @@ class QuantizedCode:
                 value = self.joined([self.read(total, cell + d * chunks * LANES) for d in range(digits)])
             row = line // digits
             value = self.finished(laid, value, groups[chunk], block, first + row, part, column)
-            self.write_lanes(sums, self.read(sums, row, column) + value, row, column)
-
-    def joined(self, digits: list[Any]) -> Any:
-        """Sums of each digit, all below 2^24, as one float."""
-        value = self.T.cast(digits[0], "float32x16")
-        for digit in digits[1:]:
-            value = value * splat(self.T, 256.0) + self.T.cast(digit, "float32x16")
-        return value
+            self.write_lanes(sums, self.read(sums, first + row, column) + value, first + row, column)
 
     def finished(
         self, laid: Laid, total: Any, group: Any, block: Any, row: Any, part: Any, column: Any
@@ -440,35 +238,46 @@ class QuantizedCode:
         spec, T = self.spec, self.T
         k_group = T.floordiv(part, spec.pieces) if self.integers else part
         if self.zeros is not None and not (self.inputs and self.integers):
-            off = self.taken_off(laid, group, row - laid.row, part)
+            off = self.taken_off(laid, group, laid.begin + row, part)
             if not self.inputs:
                 off = off * T.cast(self.read(self.zeros, block, k_group, column), "float32x16")
             total = total - off
         if self.integers:
-            total = total * splat(T, laid.scales[group, row - laid.row, part])
+            total = total * splat(T, laid.scales[group, laid.begin + row, part])
         if not self.inputs:
             total = total * self.read(self.scales, block, k_group, column)
         return total
 
-    def taken_off(self, laid: Laid, group: Any, row: Any, part: Any) -> Any:
-        """The sum of activations that a zero point takes off."""
-        if not self.integers:
-            return splat(self.T, laid.sums[group, row, part])
-        return self.joined(
-            [self.integer(laid.sums[group, row * self.digits + digit, part]) for digit in range(self.digits)]
-        )
-
-    def add_outliers(self, sums: Any, block: Any, first: Any, rows: int) -> None:
-        """The shares of a block's outliers."""
+    def outliers_of(self, block: Any) -> Iterator[tuple[Any, Any, Any]]:
+        """A loop over a block's outliers: each one's k, column and share."""
         spec, T = self.spec, self.T
         begin, end = self.begins[block * spec.segments], self.begins[(block + 1) * spec.segments]
         with T.serial(end - begin) as i:
             place = self.places[begin + i]
             k, column = T.shift_right(place, T.int32(7)), T.bitwise_and(place, T.int32(COLUMNS - 1))
-            share = self.shares[begin + i]
+            yield k, column, self.shares[begin + i]
+
+    def add_outliers(self, sums: Any, block: Any, first: Any, rows: int) -> None:
+        """The shares of a block's outliers, one row after the other."""
+        for k, column, share in self.outliers_of(block):
             for row in range(rows):
                 value = sums[row, column] + share * self.plain[first + row, k]
-                T.buffer_store(sums, value, [row, column])
+                self.T.buffer_store(sums, value, [row, column])
+
+    def add_turned_outliers(self, turned: Any, tile: Any, sums: Any, block: Any, rows: int) -> None:
+        """The shares of a block's outliers, all rows of a tile at once."""
+        T = self.T
+        added = T.alloc_buffer((COLUMNS, LANES), "float32")
+        with T.serial(COLUMNS) as column:
+            self.write_lanes(added, splat(T, 0.0), column, 0)
+        for k, column, share in self.outliers_of(block):
+            value = self.read(added, column, 0) + splat(T, share) * self.read(turned, tile, k, 0)
+            self.write_lanes(added, value, column, 0)
+        with T.serial(CHUNKS) as chunk:
+            columns = [self.read(added, chunk * LANES + i, 0) for i in range(LANES)]
+            for row, value in enumerate(transpose(T, columns)[:rows]):
+                whole = self.read(sums, row, chunk * LANES) + value
+                self.write_lanes(sums, whole, row, chunk * LANES)
 
     def store_row(self, sums: Any, row: Any, block: Any, target: Any, start: Any, chunks: int) -> None:
         """A row of ``chunks`` chunks of ``sums`` to y; columns that are padding are left out."""

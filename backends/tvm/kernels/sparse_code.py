@@ -11,12 +11,11 @@ from typing import Any
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.kernels.lanes import LANES, function, splat
 from effic.backends.tvm.kernels.quantized import CHUNKS, COLUMNS
+from effic.backends.tvm.kernels.quantized_activations import DIRECT_ROWS, Laid
 from effic.backends.tvm.kernels.quantized_code import (
-    DIRECT_ROWS,
     PANEL,
     VPDPBUSD,
     VPERMPS,
-    Laid,
     QuantizedCode,
 )
 from effic.backends.tvm.kernels.sparse import FLOAT, WINDOW, SparseMatMul
@@ -136,19 +135,9 @@ class _SparseCode(QuantizedCode):
 
     # -- the tile ---------------------------------------------------------------------------------
 
-    def direct_tile(self, laid: Laid, sums: Any, block: Any, first: Any, rows: int, chunks: int) -> None:
-        spec, T = self.spec, self.T
-        with T.serial(rows * CHUNKS) as i:
-            self.write_lanes(sums, splat(T, 0.0), T.floordiv(i, CHUNKS), T.floormod(i, CHUNKS) * LANES)
-        # Segment by segment: the chunks take turns in what the first cache holds.
-        with T.serial(spec.segments * self.cuts(chunks)) as segment:
-            if chunks < CHUNKS:
-                with T.serial(CHUNKS // chunks) as part:
-                    self.direct_chunks(laid, sums, block, first, rows, segment, part * chunks, chunks)
-            else:
-                self.direct_chunks(laid, sums, block, first, rows, segment, 0, chunks)
-        for row in range(rows):
-            self.store_row(sums, row, block, first + row, 0, CHUNKS)
+    def pieces(self, chunks: int) -> int:
+        # Segments: the chunks take turns in what the first cache holds.
+        return self.spec.segments * self.cuts(chunks)
 
     def cuts(self, chunks: int) -> int:
         """Into how many parts a segment is cut: a period each, in fp32, where chunks take turns.
@@ -182,7 +171,9 @@ class _SparseCode(QuantizedCode):
             number = part * periods + i
             for slot in range(0, spec.period_slots, 4 if self.integers else 1):
                 for chunk in range(chunks):
-                    lines = [(first + row - laid.row, (row * chunks + chunk) * LANES) for row in range(rows)]
+                    lines = [
+                        (laid.begin + first + row, (row * chunks + chunk) * LANES) for row in range(rows)
+                    ]
                     step = self.four_slots if self.integers else self.one_slot
                     step(laid, total, groups[chunk], block, number, slot, start + chunk, lines)
         for row, chunk, cell in cells:
@@ -190,7 +181,7 @@ class _SparseCode(QuantizedCode):
             value = self.read(total, cell)
             segment = T.floordiv(part, cuts)
             value = self.finished(laid, value, groups[chunk], block, first + row, segment, column)
-            self.write_lanes(sums, self.read(sums, row, column) + value, row, column)
+            self.write_lanes(sums, self.read(sums, first + row, column) + value, first + row, column)
 
     def one_slot(
         self,

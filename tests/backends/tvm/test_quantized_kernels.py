@@ -192,6 +192,28 @@ def test_the_portable_form_is_the_same(m: int, grouping: Any, activations: Any) 
     assert error(fast, other.astype(np.float64), case) < 1e-6
 
 
+@pytest.mark.parametrize("grouping", ["oc", "ic"])
+def test_fp32_activations_are_as_exact_in_bytes_as_in_floats(grouping: Any) -> None:
+    """With channels a hundred times as large as the others: steps of 2^-23 of the largest leave as much."""
+    spec = QuantizedMatMul(5, 1024, 128, 4, 128, grouping, False)
+    case = make(spec, 8)
+    case.x[:, ::128] *= 100
+    floats = dataclasses.replace(case, spec=dataclasses.replace(spec, portable=True))
+    off = [np.linalg.norm(run(one, Cpu.host(1)) - case.exact()) for one in (case, floats)]
+    assert off[0] < 4 * off[1]
+    assert off[1] < 1e-6 * np.linalg.norm(case.exact())
+
+
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+def test_what_is_no_number_stays_none(activations: Any) -> None:
+    spec = QuantizedMatMul(3, 64, 32, 4, 32, "oc", True, activations)
+    case = make(spec, 4)
+    case.x[0, 5], case.x[1, 40] = np.nan, -np.inf
+    got = run(case, Cpu.host(1))
+    assert not np.isfinite(got[:2]).any()
+    assert np.isfinite(got[2]).all()
+
+
 def before_a_guard(array: np.ndarray) -> np.ndarray:
     """A copy that ends where memory that may not be touched begins."""
     page = mmap.PAGESIZE

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.serde import serialize_node, serialize_value
 
 from effic.ir.model import Model
 
@@ -63,8 +64,9 @@ def _skeleton(model: Model, dims: Mapping[str, int]) -> onnx.ModelProto:
     proto.functions.extend(ir.to_proto(function) for function in model.ir.functions.values())
     graph = proto.graph
     graph.name = model.graph.name or "graph"
+    # Not ir.to_proto, which asks each of onnx_ir's protocols whether it fits: that took longer than the rest.
     for value in model.graph.inputs:
-        graph.input.append(ir.to_proto(value))
+        graph.input.append(serialize_value(value))
         for axis, dim in enumerate(value.shape or ()):
             size = dim if isinstance(dim, int) else dims.get(str(dim.value), 1)
             graph.input[-1].type.tensor_type.shape.dim[axis].dim_value = size
@@ -79,14 +81,14 @@ def _skeleton(model: Model, dims: Mapping[str, int]) -> onnx.ModelProto:
             graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), sizes))
     worked_out, dropped = _weights_worked_out(model)
     for value in worked_out:
-        graph.input.append(ir.to_proto(value))
+        graph.input.append(serialize_value(value))
     for node in model.graph:
         if node in dropped:
             continue
-        graph.node.append(ir.to_proto(node))
+        graph.node.append(serialize_node(node))
         for value in node.outputs:
             if value.name and value.type is not None and value.shape is not None and value.shape.is_static():
-                graph.value_info.append(ir.to_proto(value))
+                graph.value_info.append(serialize_value(value))
     for value in model.graph.outputs:
         graph.output.append(onnx.ValueInfoProto(name=value.name))
     return proto

@@ -142,7 +142,7 @@ def build_relax(
     model = specialize(model, {})
     functions = []
     for number, dims in enumerate(buckets_of(model, cpu, shapes, options)):
-        function = _Function(specialize(model, dims), bb, cpu, shared, options)
+        function = _Function(specialize(model, dims) if dims else model, bb, cpu, shared, options)
         functions.append(function)  # keeps its tensors alive: parameters are told apart by them
         bucket, uncovered = function.build(f"main_{number}")
         refuse_uncovered(uncovered)

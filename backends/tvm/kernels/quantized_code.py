@@ -1,8 +1,7 @@
 """The TIR of :class:`~effic.backends.tvm.kernels.quantized.QuantizedMatMul`; layout and algebra are told there.
 
-Activations are laid out first: padded as the weight is, for ``ic`` multiplied by the scales of a group of
-columns, for ``int8`` rounded. Where a group of columns covers many blocks that is done once per group and
-call, else by each block for its own groups.
+Activations are laid out first (:mod:`~effic.backends.tvm.kernels.quantized_activations`). Where a group of
+columns covers many blocks that is done once per group and call, else by each block for its own groups.
 """
 
 from __future__ import annotations

@@ -274,6 +274,8 @@ class _Function:
         reason = why_no_type(value.dtype) if isinstance(value.type, ir.TensorType) else "is no tensor"
         if reason is None and value.shape is None:
             reason = "has an unknown number of dimensions"
+        if reason is None and value.shape is not None and 0 in value.shape:
+            reason = "has no elements, and kernels are made for some"
         if reason is not None:
             self.uncovered.append(Uncovered(value.name or "?", "input", reason))
             self.lowering.give_up(value)

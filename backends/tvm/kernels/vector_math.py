@@ -283,4 +283,10 @@ def _with_nan(bound: Any) -> Any:
     def larger(a: Any, b: Any) -> Any:
         return tirx.Select(op.isnan(b), b, within(a, b))
 
+    # Values of memory are not named: TVM's search for common expressions fails on names within names, and
+    # LLVM reads them once.
+    if isinstance(bound.b, ir.TensorLoad):
+        return share(bound.a, lambda a: larger(a, bound.b))
+    if isinstance(bound.a, ir.TensorLoad):
+        return share(bound.b, lambda b: larger(bound.a, b))
     return share(bound.a, lambda a: share(bound.b, lambda b: larger(a, b)))

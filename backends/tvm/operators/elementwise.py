@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from tvm import relax
+from tvm import relax, te, topi
+from tvm.tirx import op
 
-from effic.backends.tvm.lowering import Lowering, dtype_of
+from effic.backends.tvm.lowering import Lowering, dtype_of, relax_dtype, why_no_type
 from effic.backends.tvm.operators.importer import by_importer
+from effic.backends.tvm.private_api import convert_by_importer
 
 
 def equal(lowering: Lowering, node: ir.Node) -> None:
@@ -39,6 +41,10 @@ def is_inf(lowering: Lowering, node: ir.Node) -> None:
 def sign(lowering: Lowering, node: ir.Node) -> None:
     """Sign; that of NaN is NaN."""
     x = lowering.tensor(node.inputs[0])
+    if dtype_of(x).startswith("uint"):
+        # TVM's own compares with -1.
+        lowering.set(node.outputs[0], relax.op.minimum(x, relax.const(1, dtype_of(x))))
+        return
     found = lowering.emit(relax.op.sign(x))
     if dtype_of(x).startswith("float"):
         found = relax.op.where(lowering.emit(relax.op.isnan(x)), x, found)
@@ -83,13 +89,12 @@ def _half_exp(lowering: Lowering, x: Any) -> tuple[Any, Any]:
 def mod(lowering: Lowering, node: ir.Node) -> None:
     """Mod; ``fmod`` has the sign of the dividend, and is the dividend where the divisor is infinite."""
     x, y = (lowering.tensor(value) for value in node.inputs)
-    dtype = dtype_of(x)
+    dtype, emit = dtype_of(x), lowering.emit
     if not dtype.startswith("float"):
         by_importer(lowering, node)
         return
-    emit = lowering.emit
-    quotient = emit(relax.op.trunc(relax.op.divide(x, y)))
-    rest = emit(relax.op.subtract(x, relax.op.multiply(quotient, y)))
+    # C's fmod, which is exact: a quotient that is rounded to a whole number leaves a rest with the wrong sign.
+    rest = emit(lowering.bb.call_te(_remainder, x, y, primfunc_name_hint="fmod"))
     infinite = emit(relax.op.equal(relax.op.abs(y), relax.const(np.inf, dtype)))
     finite = emit(relax.op.less(relax.op.abs(x), relax.const(np.inf, dtype)))
     rest = emit(relax.op.where(emit(relax.op.logical_and(infinite, finite)), x, rest))
@@ -99,6 +104,10 @@ def mod(lowering: Lowering, node: ir.Node) -> None:
         other = emit(relax.op.less(emit(relax.op.multiply(relax.op.sign(rest), relax.op.sign(y))), zero))
         rest = emit(relax.op.where(other, emit(relax.op.add(rest, y)), rest))
     lowering.set(node.outputs[0], rest)
+
+
+def _remainder(x: Any, y: Any) -> Any:
+    return topi.mod(x, y)
 
 
 def pow_(lowering: Lowering, node: ir.Node) -> None:
@@ -120,23 +129,80 @@ def pow_(lowering: Lowering, node: ir.Node) -> None:
 
 
 def bit_shift(lowering: Lowering, node: ir.Node) -> None:
-    """BitShift of unsigned numbers by less than their width."""
-    by = lowering.array(node.inputs[1])
+    """BitShift; by the width and more, every bit is shifted out."""
+    x, by = (lowering.tensor(value) for value in node.inputs)
+    dtype, emit = dtype_of(x), lowering.emit
+    bits = np.dtype(dtype).itemsize * 8
+    left = node.attributes.get_string("direction", "LEFT") == "LEFT"
+    # Processors shift by the remainder.
+    within = emit(relax.op.minimum(by, relax.const(bits - 1, dtype)))
+    found = emit((relax.op.left_shift if left else relax.op.right_shift)(x, within))
+    if left or dtype.startswith("u"):
+        inside = emit(relax.op.less(by, relax.const(bits, dtype)))
+        found = relax.op.where(inside, found, relax.const(0, dtype))
+    lowering.set(node.outputs[0], found)
+
+
+def bit_cast(lowering: Lowering, node: ir.Node) -> None:
+    """BitCast: the same bits as another type of the same width."""
+    to = ir.DataType(node.attributes.get_int("to", 0))
+    if reason := why_no_type(to):
+        lowering.refuse(node, f"makes a tensor that {reason}")
+    x, dtype = lowering.tensor(node.inputs[0]), relax_dtype(to)
+    if "bool" in (dtype, dtype_of(x)) and dtype != dtype_of(x):
+        lowering.refuse(node, "takes truth values for numbers")
+
+    def same_bits(x: Any) -> Any:
+        return te.compute(x.shape, lambda *at: op.reinterpret(dtype, x(*at)))
+
+    lowering.set(node.outputs[0], lowering.bb.call_te(same_bits, x, primfunc_name_hint="bit_cast"))
+
+
+def several(lowering: Lowering, node: ir.Node) -> None:
+    """Max, Min, Sum, Mean: two by two. TVM's importer puts all numbers in one tensor first."""
+    values = [lowering.tensor(value) for value in node.inputs]
+    join = {"Max": relax.op.maximum, "Min": relax.op.minimum}.get(node.op_type, relax.op.add)
+    found = values[0]
+    for value in values[1:]:
+        found = lowering.emit(join(found, value))
+    if node.op_type == "Mean":
+        found = relax.op.divide(found, relax.const(len(values), dtype_of(found)))
+    lowering.set(node.outputs[0], found)
+
+
+def in_fp32(lowering: Lowering, node: ir.Node) -> None:
+    """Functions of one number that TVM has in no half precision, or loses digits of: computed in fp32."""
     x = lowering.tensor(node.inputs[0])
-    bits = np.dtype(dtype_of(x)).itemsize * 8
-    if not dtype_of(x).startswith("u"):
-        lowering.refuse(node, "shifts signed numbers")
-    if by is None or by.size == 0 or int(by.max()) >= bits:
-        lowering.refuse(node, f"shifts by a number that is computed, or not below {bits}")
-    direction = node.attributes.get_string("direction", "LEFT")
-    shift = relax.op.left_shift if direction == "LEFT" else relax.op.right_shift
-    lowering.set(node.outputs[0], shift(x, lowering.tensor(node.inputs[1])))
+    if dtype_of(x) != "float16":
+        by_importer(lowering, node)
+        return
+    wide = lowering.emit(relax.op.astype(x, "float32"))
+    (found,) = convert_by_importer(lowering.bb, node, [wide], node.version or lowering.opset)
+    lowering.set(node.outputs[0], relax.op.astype(lowering.emit(found), "float16"))
+
+
+def elu(lowering: Lowering, node: ir.Node) -> None:
+    """Elu and Selu of any type of float: ``gamma * (x > 0 ? x : alpha * (exp(x) - 1))``."""
+    x = lowering.tensor(node.inputs[0])
+    dtype, emit, own = dtype_of(x), lowering.emit, node.op_type == "Selu"
+    alpha = node.attributes.get_float("alpha", 1.67326319217681884765625 if own else 1.0)
+    gamma = node.attributes.get_float("gamma", 1.05070102214813232421875 if own else 1.0)
+    below = emit(relax.op.subtract(relax.op.exp(x), relax.const(1, dtype)))
+    below = emit(relax.op.multiply(below, relax.const(alpha, dtype)))
+    found = emit(relax.op.where(relax.op.greater(x, relax.const(0, dtype)), x, below))
+    lowering.set(
+        node.outputs[0], found if gamma == 1 else relax.op.multiply(found, relax.const(gamma, dtype))
+    )
 
 
 def cast_like(lowering: Lowering, node: ir.Node) -> None:
-    """CastLike: a Cast to the type of the second input."""
-    x, like = lowering.tensor(node.inputs[0]), lowering.tensor(node.inputs[1])
-    lowering.set(node.outputs[0], x if dtype_of(x) == dtype_of(like) else relax.op.astype(x, dtype_of(like)))
+    """CastLike: a Cast to the type of the second input, of which nothing else is read."""
+    x, like = lowering.tensor(node.inputs[0]), node.inputs[1]
+    kind = None if like is None else like.dtype
+    if kind is None or why_no_type(kind):
+        lowering.refuse(node, f"casts to {'an unknown type' if kind is None else kind.name}")
+    dtype = relax_dtype(kind)
+    lowering.set(node.outputs[0], x if dtype_of(x) == dtype else relax.op.astype(x, dtype))
 
 
 def dropout(lowering: Lowering, node: ir.Node) -> None:

@@ -13,6 +13,14 @@ def data_dependent(lowering: Lowering, node: ir.Node) -> None:
     lowering.refuse(node, "has outputs whose size depends on the values of its inputs")
 
 
+def grid_sample(lowering: Lowering, node: ir.Node) -> None:
+    """GridSample in the modes that TVM can compile."""
+    get = node.attributes.get_string
+    if get("mode", "linear") == "nearest" and get("padding_mode", "zeros") == "reflection":
+        lowering.refuse(node, "reflects the nearest samples, which TVM cannot compile")
+    by_importer(lowering, node)
+
+
 def range_(lowering: Lowering, node: ir.Node) -> None:
     """Range that is left when sizes are fixed and constants are folded."""
     lowering.refuse(node, "counts to a number that depends on the values of its inputs")
@@ -44,6 +52,8 @@ def top_k(lowering: Lowering, node: ir.Node) -> None:
     dtype = dtype_of(lowering.tensor(node.inputs[0]))
     if dtype in ("uint64", "uint16", "uint32", "int16", "float16"):
         lowering.refuse(node, f"sorts {dtype}, which TVM does not")
+    if len(node.inputs) > 1 and (node.version or lowering.opset) < 11:
+        lowering.refuse(node, "is in the form of opset 10")
     by_importer(lowering, node)
 
 

@@ -73,8 +73,8 @@ X = np.array(
 )
 
 
-def net(text: str, **weights: np.ndarray) -> Model:
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {text}')
+def net(text: str, opset: int = 20, **weights: np.ndarray) -> Model:
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {text}')
     for name, array in weights.items():
         proto.graph.initializer.append(numpy_helper.from_array(array, name))
     return Model(ir.from_proto(proto))
@@ -110,3 +110,95 @@ def test_the_largest_come_first() -> None:
     want, got = Oracle(model).run(feeds), run(model, feeds)
     np.testing.assert_array_equal(got["y"], want["y"])
     np.testing.assert_array_equal(got["i"], want["i"])
+
+
+def test_maxima_over_the_first_axis_are_compiled() -> None:
+    # TVM fails on names within names where several vectors are held at once.
+    model = net(
+        "(float[2,144] x) => (float[144] y) { y = ReduceMax<keepdims=0>(x, axes) }", axes=np.array([0])
+    )
+    x = np.random.default_rng(2).standard_normal((2, 144)).astype(np.float32)
+    x[0, 3] = x[1, 7] = np.nan
+    np.testing.assert_array_equal(run(model, {"x": x})["y"], x.max(0))
+
+
+def test_extremes_at_the_ends_of_the_range() -> None:
+    model = net(
+        """(float[4,3] x, int8[2,3] i) => (int64[4] a, int64[4] b, int64[2] c, float[4] d, float[4,3] e) {
+        a = ArgMax<axis=1, keepdims=0>(x)
+        b = ArgMin<axis=1, keepdims=0, select_last_index=1>(x)
+        c = ArgMax<axis=-1, keepdims=0>(i)
+        d = ReduceLogSumExp<keepdims=0>(x, axes)
+        e = Max(x, row, x)
+        }""",
+        axes=np.array([1]),
+        row=np.array([[1, np.nan, -np.inf]], np.float32),
+    )
+    inf = np.float32(np.inf)
+    x = np.array([[-inf, -inf, -inf], [inf, inf, 0], [1, np.nan, np.nan], [0.5, 1, -inf]], np.float32)
+    found = run(model, {"x": x, "i": np.full((2, 3), -128, np.int8)})
+    np.testing.assert_array_equal(found["a"], [0, 0, 1, 1])
+    np.testing.assert_array_equal(found["b"], [2, 2, 2, 2])
+    np.testing.assert_array_equal(found["c"], [0, 0])
+    np.testing.assert_allclose(found["d"], [-inf, inf, np.nan, np.log(np.exp(0.5) + np.exp(1))], rtol=1e-6)
+    np.testing.assert_array_equal(found["e"], np.maximum(x, np.array([1, np.nan, -inf], np.float32)))
+
+
+def test_numbers_that_are_not_floats_of_32_bits() -> None:
+    model = net(
+        """(float[3] x, float[3] y, uint8[3] u, uint8[3] s, int32[2,2] i, double[3] d, float16[3] h) =>
+        (float[3] a, uint8[3] b, uint8[3] c, uint8[3] l, int32[2,1] m, double[3] e, float16[3] k) {
+        a = Mod<fmod=1>(x, y)
+        b = Sign(u)
+        c = BitShift<direction="RIGHT">(u, s)
+        l = BitShift<direction="LEFT">(u, s)
+        m = ReduceMean(i, axes)
+        e = Elu(d)
+        k = Acos(h)
+        }""",
+        axes=np.array([1]),
+    )
+    feeds: dict[str, np.ndarray] = {
+        "x": np.array([1e8, -5e4, 7], np.float32),
+        "y": np.array([3, 0.1, -2.5], np.float32),
+        "u": np.array([0, 7, 255], np.uint8),
+        "s": np.array([1, 2, 8], np.uint8),
+        "i": np.array([[-3, -4], [5, 2]], np.int32),
+        "d": np.array([-1.5, 0, 2]),
+        "h": np.array([-0.5, 0, 0.75], np.float16),
+    }
+    found = run(model, feeds)
+    np.testing.assert_array_equal(found["a"], np.fmod(feeds["x"], feeds["y"]))
+    np.testing.assert_array_equal(found["b"], [0, 1, 1])
+    np.testing.assert_array_equal(found["c"], [0, 1, 0])
+    np.testing.assert_array_equal(found["l"], [0, 28, 0])
+    np.testing.assert_array_equal(found["m"], [[-3], [3]])
+    np.testing.assert_allclose(found["e"], [np.expm1(-1.5), 0, 2], rtol=1e-12)
+    np.testing.assert_allclose(found["k"], np.arccos(feeds["h"].astype(np.float32)), rtol=1e-3)
+
+
+def test_spectra_lengths_and_caches() -> None:
+    model = net(
+        """(float[2,7,2] z, float[2,3] x, float[2,4,1] cache, float[2,3,1] new, int64[2] at) =>
+        (float[2,12,1] a, float[2,3] b, float[2,4,1] c) {
+        a = DFT<inverse=1, onesided=1>(z, , axis)
+        b = LpNormalization(x)
+        c = TensorScatter<mode="circular">(cache, new, at)
+        }""",
+        opset=24,
+        axis=np.array(1),
+    )
+    rng = np.random.default_rng(3)
+    z = rng.standard_normal((2, 7, 2)).astype(np.float32)
+    cache, new = rng.standard_normal((2, 4, 1)), rng.standard_normal((2, 3, 1))
+    feeds = {"z": z, "x": np.array([[3, 4, 0], [0, 0, 0]]), "cache": cache, "new": new}
+    found = run(model, {**{n: a.astype(np.float32) for n, a in feeds.items()}, "at": np.array([0, 3])})
+    np.testing.assert_allclose(found["a"][..., 0], np.fft.irfft(z[..., 0] + 1j * z[..., 1]), atol=1e-5)
+    np.testing.assert_allclose(found["b"], [[0.6, 0.8, 0], [0, 0, 0]], rtol=1e-6)
+    cache[0, :3], cache[1, [3, 0, 1]] = new
+    np.testing.assert_array_equal(found["c"], cache.astype(np.float32))
+
+
+def test_an_input_without_elements_is_refused_by_name() -> None:
+    (one,) = coverage(net("(float[0] x, float[2] y) => (float[2] z) { z = Neg(y) }"), CPU)
+    assert str(one) == "input 'x': has no elements, and kernels are made for some"

@@ -15,7 +15,15 @@ import numpy as np
 from effic.backends import get_backend
 from effic.backends.base import Built
 from effic.backends.tvm import build as cpu_build
-from effic.backends.tvm.artifact import TvmArtifact
+from effic.backends.tvm.build_steps import (
+    Clock,
+    answer,
+    manifest_of,
+    need_compiler,
+    remarks_of,
+    run_result,
+    write_weights,
+)
 from effic.backends.tvm.child import Tell
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.cuda import (
@@ -28,12 +36,11 @@ from effic.backends.tvm.cuda import (
     refused_by_nvcc,
     stand_in_driver,
 )
-from effic.backends.tvm.manifest import LIBRARY, PARAMETERS
+from effic.backends.tvm.manifest import LIBRARY
 from effic.ir.errors import NotMeasuredError
-from effic.ir.memory import peak_memory, reset_peak_memory
+from effic.ir.memory import reset_peak_memory
 from effic.ir.model import Model
 from effic.ir.onnx_format import read_onnx
-from effic.ir.safetensors_format import write_safetensors
 from effic.passes.base import Remarks
 
 if TYPE_CHECKING:
@@ -70,7 +77,7 @@ def build(
 def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """The child's side: all of the work."""
     reset_peak_memory()
-    clock = cpu_build._Clock(tell)
+    clock = Clock(tell)
     clock.stage("reading the model")
     backend: TvmCuda = get_backend(request["target"])  # type: ignore[assignment]
     gpu, folder, wanted = backend.gpu(), request["folder"], request["inputs"]
@@ -80,7 +87,7 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     if not tools.driver and tools.nvcc is not None:
         # Before tvm is imported, which looks for the driver then.
         stand_in_driver(request["scratch"])
-    cpu_build._need_compiler()
+    need_compiler()
     model = read_onnx(request["model"])
     from effic.backends.tvm.relax_builder import build_relax
 
@@ -98,35 +105,22 @@ def build_in_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     clock.stage("linking")
     executable.export_library(os.path.join(folder, LIBRARY))
     clock.stage("writing the weights")
-    taken = {name for bucket in signature.buckets for name in bucket.parameters}
-    write_safetensors(
-        os.path.join(folder, PARAMETERS), {name: parameters.tensors[name] for name in sorted(taken)}
-    )
-    remarks = Remarks()
-    remarks.items += cpu_build._remarks(signature, {})
+    write_weights(folder, parameters, signature)
+    remarks = remarks_of(signature)
     del parameters
     verified = "compiled" if nvcc is not None and nvcc.sources else "built"
     # The host's part is for any CPU of its kind.
-    manifest = cpu_build._manifest(folder, model, backend, Cpu("generic"), signature, request["source"])
+    manifest = manifest_of(folder, model, backend, Cpu("generic"), signature, request["source"])
     manifest = manifest.for_gpu(gpu.arch, verified)
     manifest.write(folder)
     names: list[str] = []
     if wanted is not None:
         clock.stage("running the result")
-        arrays = cpu_build._load(os.path.join(request["scratch"], cpu_build._INPUTS))
-        found = TvmArtifact.load(folder).run(dict(zip(wanted, arrays, strict=True)))
-        names = list(found)
-        cpu_build._save(os.path.join(request["scratch"], cpu_build._OUTPUTS), found.values())
+        names = run_result(request)
         verified = "run"
         manifest.for_gpu(gpu.arch, verified).write(folder)
     _tell_verified(remarks, gpu, verified, tools)
-    clock.end()
-    return {
-        "outputs": names,
-        "remarks": [{"kind": r.kind, "where": r.where, "text": r.text} for r in remarks.items],
-        "peak_memory": peak_memory(),
-        "seconds": clock.seconds,
-    }
+    return answer(names, remarks, clock)
 
 
 def _tell_verified(remarks: Remarks, gpu: Gpu, verified: str, tools: _Tools) -> None:

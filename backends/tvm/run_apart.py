@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from effic.backends.artifact import Arrays
-from effic.backends.tvm import build
 from effic.backends.tvm.artifact import TvmArtifact
+from effic.backends.tvm.build_steps import load_arrays, save_arrays
 from effic.backends.tvm.child import Tell, run_in_child
 
 
@@ -27,7 +27,7 @@ def run_apart(folder: str | os.PathLike[str], feeds: Iterable[Mapping[str, np.nd
     with tempfile.TemporaryDirectory(prefix="effic-tvm-") as scratch:
         names = []
         for number, inputs in enumerate(feeds):
-            build._save(os.path.join(scratch, f"{number}.in.npz"), inputs.values())
+            save_arrays(os.path.join(scratch, f"{number}.in.npz"), inputs.values())
             names.append(list(inputs))
         if not names:
             return
@@ -36,7 +36,7 @@ def run_apart(folder: str | os.PathLike[str], feeds: Iterable[Mapping[str, np.nd
             "the run", "effic.backends.tvm.run_apart:run_in_the_child", request, scratch, None
         )
         for number in range(len(names)):
-            arrays = build._load(os.path.join(scratch, f"{number}.out.npz"))
+            arrays = load_arrays(os.path.join(scratch, f"{number}.out.npz"))
             yield dict(zip(result["outputs"], arrays, strict=True))
 
 
@@ -46,9 +46,9 @@ def run_in_the_child(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     artifact = TvmArtifact.load(request["folder"], threads=1)
     for number, names in enumerate(request["inputs"]):
         tell("running the result", number, len(request["inputs"]))
-        arrays = build._load(os.path.join(request["scratch"], f"{number}.in.npz"))
+        arrays = load_arrays(os.path.join(request["scratch"], f"{number}.in.npz"))
         found = artifact.run(dict(zip(names, arrays, strict=True)))
-        build._save(
+        save_arrays(
             os.path.join(request["scratch"], f"{number}.out.npz"), [found[name] for name in artifact.outputs]
         )
     return {"outputs": artifact.outputs}

@@ -173,9 +173,7 @@ def measure(
 
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(TASKS)), help="default: all")
-@click.option(
-    "--samples", type=click.IntRange(min=16), help="windows, pairs or images to score; default: all"
-)
+@click.option("--samples", type=click.IntRange(min=8), help="windows, pairs or images to score; default: all")
 def command(models: tuple[str, ...], samples: int | None) -> None:
     """Print the tables."""
     os.environ.setdefault("TVM_NUM_THREADS", "1")

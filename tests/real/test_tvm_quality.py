@@ -59,7 +59,7 @@ def stories(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
             output=out,
             target="portable",
             check="off",
-            **(seen if any(name in passes for name in ("gptq", "adadim")) else {}),
+            **(seen if "adadim" in passes else {}),
         )
         return out
 
@@ -83,7 +83,6 @@ def loss(run: Run, data_dir: Path) -> float:
     [
         ("quantize-adadim{group_size=32}", "fp32", 1e-3),
         ("quantize-easyquant", "fp32", 1e-3),
-        ("quantize-gptq{group_size=32}", "fp32", 1e-3),
         ("quantize-rtn{group_size=32,bits=8}", "fp32", 1e-3),
         ("prune-magnitude{n=2,m=4},compress-nm", "fp32", 1e-3),
         # Rounded activations are another computation: what they cost is bounded, not nothing.

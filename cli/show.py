@@ -143,7 +143,7 @@ def _print_sites(shown: Shown) -> None:
         counts[key] += 1
         elements[key] += site.shape_oi[0] * site.shape_oi[1]
         nbytes[key] += site.bytes
-        if site.why_not is not None and site.kind in WEIGHT_KINDS:
+        if site.why_not is not None and site.kind in WEIGHT_KINDS and not site.decoded:
             reasons[site.why_not].append(site.name)
     rows = [
         [

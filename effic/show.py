@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from effic.decoded import DecodedWeight, decoded_weights
 from effic.ir.compressed import recognise_compressed, tensor_of
 from effic.ir.cost import ModelCost, NodeCost, model_cost
 from effic.ir.encodings import Encoding, stored_bytes
@@ -61,6 +62,7 @@ class SiteRow:
         pattern: sparsity that is declared for it (``"2:4"``), or None.
         density: fraction of it that is not zero (of a large weight, of an evenly spread part); None for
             an encoded weight without a declared pattern.
+        decoded: whether it is computed from codes when the file is loaded.
     """
 
     name: str
@@ -73,6 +75,7 @@ class SiteRow:
     why_not: str | None
     pattern: str | None = None
     density: float | None = None
+    decoded: bool = False
 
 
 @dataclass
@@ -128,6 +131,8 @@ def inspect_model(path: str | os.PathLike[str]) -> Shown:
     cost = model_cost(model)
     graph = model.ir
     patterns = declared(model)
+    sites, decoded = weight_sites(model), decoded_weights(model)
+    parts = {name for weight in decoded for name in weight.parts}
     return Shown(
         path=os.fspath(path),
         sha256=model.origin.sha256,
@@ -141,8 +146,11 @@ def inspect_model(path: str | os.PathLike[str]) -> Shown:
         measurement=measure_model(model, Path(path), cost),
         cost=cost,
         ops=_ops(cost),
-        sites=[_site(s, patterns.get(s.name)) for s in weight_sites(model) if _is_stored(s)]
-        + _kernel_sites(model),
+        sites=[
+            *(_site(s, patterns.get(s.name)) for s in sites if _is_stored(s) and s.name not in parts),
+            *map(_decoded, decoded),
+            *_kernel_sites(model),
+        ],
         nodes=_movers(cost),
         notes=list(model.origin.notes),
         record=model.record,
@@ -210,6 +218,22 @@ def _site(site: WeightSite, pattern: Pattern | None) -> SiteRow:
         why_not=site.why_not,
         pattern=None if pattern is None else str(pattern),
         density=None if pattern is None and site.encoding is not None else _density(site),
+    )
+
+
+def _decoded(weight: DecodedWeight) -> SiteRow:
+    rows, columns = weight.shape_oi
+    codes = "computed" if weight.codes is None else f"{dtype_text(weight.codes.dtype)}, decoded"
+    return SiteRow(
+        name=weight.name,
+        kind=weight.site.kind,
+        shape_oi=(rows, columns),
+        groups=weight.site.groups,
+        storage=f"{codes} when loaded",
+        bits=8 * weight.bytes / max(1, rows * columns),
+        bytes=weight.bytes,
+        why_not="it is in the form that lowering gave it already",
+        decoded=True,
     )
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from effic.ir.encodings import ENCODING_KEY
+from effic.decoded import DecodedWeight, decoded_weights, encoding_notes
 from effic.ir.errors import UnsupportedError
-from effic.ir.model import Model, constant_tensor, noted_text
+from effic.ir.model import Model, constant_tensor
 from effic.ir.weights import KINDS, WeightSite, weight_sites
-from effic.measure_graph import Constants
 from effic.report.graph import node_name
 from effic.report.rows import PassRow, RemarkRow, number
 from effic.show import Shown, dtype_text
@@ -104,6 +101,8 @@ def stored_sites(model: Model, shown: Shown) -> list[Stored]:
             kernels.setdefault(codes.name, []).append(node)
     found: list[Stored] = []
     for row in shown.sites:
+        if row.decoded:
+            continue
         site = sites.pop(row.name, None) if row.kind in KINDS else None
         nodes = [node_name(use.node) for use in site.uses] if site is not None else []
         name, bits, group = row.name, row.bits, None
@@ -113,55 +112,31 @@ def stored_sites(model: Model, shown: Shown) -> list[Stored]:
             bits = float(site.dtype.bitwidth)
         elif row.name in kernels:
             node = kernels[row.name][0]
-            name, nodes = _notes(node).get("weight") or row.name, [node_name(n) for n in kernels[row.name]]
+            name, nodes = (
+                encoding_notes(node).get("weight") or row.name,
+                [node_name(n) for n in kernels[row.name]],
+            )
             bits, group = float(_integer(node, "bits", 4)), _integer(node, "block_size", 128)
         found.append(
             Stored(
                 name, row.kind, row.shape_oi, nodes, row.storage, bits, group, row.bytes, row.why_not, site
             )
         )
-    constants, inner = Constants(model), set[str]()
-    for site in sites.values():
-        if constants.is_derived(site.value.producer()):
-            found.append(_decoded(site, constants, inner))
-    found += _integer_products(model)
-    return _merged([each for each in found if each.name not in inner])
+    found += map(_decoded, decoded_weights(model))
+    return _merged([*found, *_integer_products(model)])
 
 
-def _decoded(site: WeightSite, constants: Constants, inner: set[str]) -> Stored:
-    """A weight that is computed from codes when the file is loaded, as lowering writes it out.
-
-    Args:
-        site: the computed value as a weight.
-        constants: of the model.
-        inner: gets the names of the constants it is computed from.
-    """
-    total, seen, todo = 0, set[int](), [site.value]
-    largest, notes = 0, dict[str, Any]()
-    name, stored = site.name, ""
-    while todo:
-        value = todo.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        node, tensor = value.producer(), constant_tensor(value)
-        if tensor is not None:
-            total += tensor.nbytes
-            inner.add(value.name or "")
-            if tensor.nbytes > largest:
-                largest, name, stored = tensor.nbytes, value.name or name, dtype_text(tensor.dtype)
-        elif node is not None:
-            notes = notes or _notes(node)
-            todo += [each for each in node.inputs if each is not None]
+def _decoded(weight: DecodedWeight) -> Stored:
+    stored = "" if weight.codes is None else dtype_text(weight.codes.dtype)
     return Stored(
-        notes.get("weight") or name,
-        site.kind,
-        site.shape_oi if site.shape else (0, 0),
-        [node_name(use.node) for use in site.uses],
+        weight.name,
+        weight.site.kind,
+        weight.site.shape_oi if weight.site.shape else (0, 0),
+        [node_name(use.node) for use in weight.site.uses],
         f"{stored}, decoded when loaded" if stored else "computed when loaded",
-        float(notes.get("bits") or 0) or None,
-        notes.get("group_size"),
-        total,
+        float(weight.bits or 0) or None,
+        weight.group,
+        weight.bytes,
         None,
         None,
     )
@@ -182,7 +157,7 @@ def _integer_products(model: Model) -> list[Stored]:
         parts = (constant_tensor(each) for each in node.inputs)
         found.append(
             Stored(
-                _notes(node).get("weight") or value.name or "?",
+                encoding_notes(node).get("weight") or value.name or "?",
                 node.op_type,
                 (rows, tensor.size // max(1, rows)),
                 [node_name(node)],
@@ -332,19 +307,6 @@ def weight_sqnr(old: WeightSite, new: WeightSite) -> float:
     if noise == 0 or math.isnan(noise):
         return math.inf if noise == 0 else math.nan
     return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def _notes(node: ir.Node) -> dict[str, Any]:
-    """What lowering notes of an encoding that it gave another form: ``weight``, ``bits``, ``group_size``."""
-    try:
-        notes: Any = json.loads(node.metadata_props.get(ENCODING_KEY, "null"))
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(notes, dict):
-        return {}
-    kinds = {"bits": int, "group_size": int}
-    found = {key: notes[key] for key, kind in kinds.items() if type(notes.get(key)) is kind}
-    return {**found, "weight": noted_text(notes.get("weight"))}
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

@@ -10,9 +10,13 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+import effic
 from effic.cli.show import show
 from effic.ir.model import Model, PassRecord
+from effic.ir.onnx_format import read_onnx
+from effic.models import digits_path
 from effic.models.builders import BUILDERS
+from effic.report.sites import stored_sites
 from effic.show import inspect_model
 
 
@@ -109,3 +113,23 @@ def test_sparsity_is_shown(tmp_path: Path) -> None:
     lines = [line.split() for line in result.output.splitlines()]
     assert ["MatMul", "2:4", "1", "4096", "50.0%"] in lines, result.output
     assert ["MatMul", "none", "1", "4096", "25.0%"] in lines
+
+
+def test_weights_that_are_decoded_when_loaded_are_weights_and_their_scales_are_not(tmp_path: Path) -> None:
+    passes = "fuse-conv-bn,quantize-rtn{bits=4,group_size=16,min_size=0,kinds=[Conv,Gemm]}"
+    effic.optimize(digits_path(), passes, output=tmp_path / "low.onnx", check="off", record=False)
+    rows = inspect_model(tmp_path / "low.onnx").sites
+    assert not [row.name for row in rows if "scales" in row.name or row.kind == "Gather"]
+    convolutions = [row for row in rows if row.kind == "Conv"]
+    assert len(convolutions) == 8
+    assert all(row.decoded and row.storage == "int4, decoded when loaded" for row in convolutions)
+    # Codes of 4 bits and a scale for each group of at most 16.
+    assert all(4 < row.bits < 16 for row in convolutions)
+    stored = {
+        row.name: row
+        for row in stored_sites(read_onnx(tmp_path / "low.onnx"), inspect_model(tmp_path / "low.onnx"))
+    }
+    assert {row.name for row in convolutions} <= set(stored)
+    printed = CliRunner().invoke(show, [str(tmp_path / "low.onnx")]).output
+    assert printed.count("int4, decoded when loaded") == 1
+    assert "not to be rewritten" not in printed

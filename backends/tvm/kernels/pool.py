@@ -1,8 +1,8 @@
-"""Pooling of images in blocks of 16 channels, and the change between plain and blocked layout.
+"""Pooling of images in blocks of 16 channels.
 
 x and y are ``[N, ceil(C / 16), H, W, 16]``. Windows at the border see only what lies in the image, so that no
 padding is made: the tiles of pixels and the cut of rows are those of
-:mod:`effic.backends.tvm.kernels.conv`. Layouts change by transposes of 16 x 16 floats in registers.
+:mod:`effic.backends.tvm.kernels.conv`.
 
 Roofline: every kernel here reads x once and writes y once; bytes limit.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.kernels.conv import Window
-from effic.backends.tvm.kernels.dense import transpose
 from effic.backends.tvm.kernels.lanes import (
     LANES,
     MIN_PARALLEL_FLOPS,
@@ -186,89 +185,4 @@ class GlobalMean:
                 while len(total) > 1:
                     total = [a + b for a, b in zip(total[::2], total[1::2], strict=True)]
                 T.buffer_store(y, total[0] * splat(T, 1.0 / pixels), [image, block, 0, 0, lanes(T, 0)])
-        return result[0]
-
-
-@dataclass(frozen=True)
-class Reorder:
-    """Between ``[N, C, H, W]`` and ``[N, ceil(C / 16), H, W, 16]``; channels past C become zero.
-
-    Attributes:
-        batch: images; None: known at run time only.
-        channels, height, width: of the image.
-        to_blocked: the direction.
-    """
-
-    batch: int | None
-    channels: int
-    height: int
-    width: int
-    to_blocked: bool
-
-    @property
-    def name(self) -> str:
-        """The name of the function."""
-        return spec_name("reorder", self)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of an image, plain and blocked."""
-        size = (self.height, self.width)
-        return (self.channels, *size), (-(-self.channels // LANES), *size, LANES)
-
-    def why_not(self) -> str | None:
-        """What the family cannot hold, as a sentence."""
-        if min(1 if self.batch is None else self.batch, self.channels, self.height, self.width) < 1:
-            return "no pixels to move"
-        return None
-
-    def prim_func(self, cpu: Cpu) -> Any:
-        """``(x, y)``."""
-        blocks, pixels = -(-self.channels // LANES), self.height * self.width
-        full, rest = self.channels // LANES, self.channels % LANES
-        result: list[Any] = []
-        with function(self.name, result) as T:
-            batch = T.int64() if self.batch is None else self.batch
-            sides = self.shapes if self.to_blocked else self.shapes[::-1]
-            x, y = argument(T, "x", (batch, *sides[0])), argument(T, "y", (batch, *sides[1]))
-            plain, blocked = (x, y) if self.to_blocked else (y, x)
-            plain = T.decl_buffer((batch, self.channels, pixels), "float32", data=plain.data)
-            blocked = T.decl_buffer((batch, blocks, pixels, LANES), "float32", data=blocked.data)
-
-            def square(image: Any, block: Any, at: Any, lanes_used: int) -> None:
-                """16 pixels of a block."""
-                if self.to_blocked:
-                    rows = [
-                        plain[image, block * LANES + c, lanes(T, at)] if c < lanes_used else splat(T, 0.0)
-                        for c in range(LANES)
-                    ]
-                    for i, vector in enumerate(transpose(T, rows)):
-                        T.buffer_store(blocked, vector, [image, block, at + i, lanes(T, 0)])
-                else:
-                    rows = [blocked[image, block, at + i, lanes(T, 0)] for i in range(LANES)]
-                    for c, vector in enumerate(transpose(T, rows)[:lanes_used]):
-                        T.buffer_store(plain, vector, [image, block * LANES + c, lanes(T, at)])
-
-            def pixel(image: Any, block: Any, at: Any, lanes_used: int) -> None:
-                if self.to_blocked and lanes_used < LANES:
-                    T.buffer_store(blocked, splat(T, 0.0), [image, block, at, lanes(T, 0)])
-                with T.serial(lanes_used) as c:
-                    if self.to_blocked:
-                        T.buffer_store(blocked, plain[image, block * LANES + c, at], [image, block, at, c])
-                    else:
-                        T.buffer_store(plain, blocked[image, block, at, c], [image, block * LANES + c, at])
-
-            def strip(image: Any, block: Any, lanes_used: int) -> None:
-                with T.serial(pixels // LANES) as number:
-                    square(image, block, number * LANES, lanes_used)
-                with T.serial(pixels % LANES) as number:
-                    pixel(image, block, pixels // LANES * LANES + number, lanes_used)
-
-            parallel = _parallel(cpu, (self.batch or 1) * blocks * pixels * LANES)
-            if full:
-                with loop(T, batch * full, parallel) as piece:
-                    strip(piece // full, piece % full, LANES)
-            if rest:
-                with loop(T, batch, parallel and self.batch != 1) as image:
-                    strip(image, full, rest)
         return result[0]

@@ -169,9 +169,9 @@ def compile_module(module: Any, cpu: Cpu, tuned: TunedKernels | None = None) -> 
     Returns:
         The ``tvm.runtime.Executable``, and the functions that stayed naive with the reason of each.
     """
-    ready = fuse_and_schedule(cpu, tuned)(module)
     target = cpu.target()
     with generating():
+        ready = fuse_and_schedule(cpu, tuned)(module)  # it compiles, too: what is constant is folded
         executable = tvm.compile(
             ready, target, relax_pipeline=_under(target, _finish(target), "effic.Finish")
         )

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="needs the torch extra")
 from effic.backends.tvm.cpu import Cpu  # noqa: E402
 from effic.backends.tvm.kernels.conv import Conv2d, Window  # noqa: E402
 from effic.backends.tvm.kernels.conv_depthwise import DepthwiseConv2d  # noqa: E402
-from effic.backends.tvm.kernels.pool import GlobalMean, Pool2d, Reorder  # noqa: E402
+from effic.backends.tvm.kernels.pool import GlobalMean, Pool2d  # noqa: E402
 from tests.backends.tvm.kernel_runs import close, random, run, with_cores  # noqa: E402
 
 FEW = settings(max_examples=8, deadline=None)
@@ -262,25 +262,6 @@ def test_the_mean_of_a_channel(host: Cpu, channels: int, height: int, width: int
     close(plain(got, channels)[0], x.astype(np.float64).mean((2, 3), keepdims=True), 4.0)
 
 
-@FEW
-@given(
-    channels=st.integers(1, 50),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    batch=st.sampled_from([1, 3]),
-    is_open=st.booleans(),
-    cores=st.integers(1, 2),
-)
-def test_layouts_change_there_and_back(
-    host: Cpu, channels: int, height: int, width: int, batch: int, is_open: bool, cores: int
-) -> None:
-    x = random(1, batch, channels, height, width)
-    for to_blocked, source, sink in ((True, x, blocked(x)), (False, blocked(x), x)):
-        spec = Reorder(None if is_open else batch, channels, height, width, to_blocked)
-        assert spec.why_not() is None
-        np.testing.assert_array_equal(run(spec, with_cores(host, cores), [source], sink.shape), sink)
-
-
 # -- refusals ---------------------------------------------------------------------------------------
 
 IMAGE = Window(8, 8, (3, 3))
@@ -304,7 +285,6 @@ IMAGE = Window(8, 8, (3, 3))
         (Pool2d(1, 4, Window(8, 8, (2, 2), pads=(2, 0, 0, 0))), "without a pixel"),
         (Pool2d(1, 0, IMAGE), "no images"),
         (GlobalMean(1, 0, 2, 2), "no pixels"),
-        (Reorder(1, 3, 0, 2, True), "no pixels"),
     ],
 )
 def test_what_the_family_cannot_hold_is_said(spec: Any, words: str) -> None:

@@ -21,8 +21,11 @@ from effic.backends.tvm.kernels.dense import BatchMatMul, DenseMatMul
 from effic.backends.tvm.kernels.quantized import Outliers, QuantizedMatMul
 from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
 from effic.backends.tvm.operators.attention import attention
-from effic.backends.tvm.operators.encoded import as_matrix, fingerprint
-from effic.ir.encodings import Encoding, code_values
+from effic.backends.tvm.operators.encoded import fingerprint
+from effic.backends.tvm.operators.matmul_cuda import product_on_gpu
+from effic.backends.tvm.operators.matmul_sparse import product_on_sparse
+from effic.backends.tvm.operators.products import per_group, read_form, rows_of, run_kernel
+from effic.ir.encodings import code_values
 from effic.ir.model import constant_array, constant_tensor, sole_consumer
 from effic.ir.tensors import borrow
 
@@ -42,8 +45,6 @@ def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
     turned = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
     x = lowering.value(left)
     if lowering.cpu is not None and not turned and dtype_of(x) in ("float32", "float16"):
-        from effic.backends.tvm.operators.matmul_sparse import product_on_sparse
-
         tail = _Tail(lowering, node, linear)
         result = product_on_sparse(lowering, x, right, linear, tail)
         if result is None:
@@ -61,8 +62,6 @@ def _product(lowering: Lowering, node: ir.Node, linear: Linear) -> None:
                 lowering.set(node.outputs[0], result)
                 return
     elif "arch" in lowering.options and not turned:
-        from effic.backends.tvm.operators.matmul_cuda import product_on_gpu
-
         tail = _Tail(lowering, node, linear)
         result = product_on_gpu(lowering, x, right, linear, tail)
         if result is not None:
@@ -191,29 +190,9 @@ def _row(value: ir.Value | None, outputs: int) -> np.ndarray | None:
 # -- on effic's kernels ---------------------------------------------------------------------------
 
 
-def _rows(x: Any) -> tuple[tuple[int, ...], int] | None:
-    """The batch dimensions of an activation and their product, None where a size is open or there is none."""
-    shape = shape_of(x)
-    if not shape or not all(isinstance(d, int) for d in shape):
-        return None
-    return shape[:-1], math.prod(shape[:-1])
-
-
-def _run(lowering: Lowering, spec: Any, x: Any, packed: list[Any], lead: tuple[int, ...]) -> Any:
-    """Call a kernel of ``[M, K]`` and ``[M, N]`` on activations of any shape, fp16 through fp32."""
-    kind = dtype_of(x)
-    if kind != "float32":
-        x = lowering.emit(relax.op.astype(x, "float32"))
-    flat = x if len(lead) == 1 else lowering.emit(relax.op.reshape(x, (spec.m, spec.k)))
-    y = lowering.call(spec, [flat, *packed], (spec.m, spec.n), "float32")
-    if len(lead) != 1:
-        y = lowering.emit(relax.op.reshape(y, (*lead, spec.n)))
-    return y if kind == "float32" else lowering.emit(relax.op.astype(y, kind))
-
-
 def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear, tail: _Tail) -> Any | None:
     """The product with an encoded weight, in its codes; None where no kernel holds it."""
-    weight, rows = encoded_input(right), _rows(x)
+    weight, rows = encoded_input(right), rows_of(x)
     if weight is None or rows is None:
         return None
     k_axis = int(weight.transposed) ^ int(linear.transposed)
@@ -252,29 +231,7 @@ def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear
     packed = lowering.packed(
         spec, key, weight.name, lambda: _pack(spec, weight, k_axis, linear.alpha, tail.bias)
     )
-    return tail.finish(_run(lowering, spec, x, packed, lead))
-
-
-def read_form(encoding: Encoding, k_axis: int) -> tuple[Any, int, bool, int] | None:
-    """Grouping, group size, whether symmetric, and bits, as :class:`QuantizedMatMul` has them.
-
-    None where the codes are no matrix.
-    """
-    if not as_matrix(encoding):
-        return None
-    along_k = encoding.axis == k_axis
-    if encoding.block_size:
-        outputs = encoding.shape[encoding.axis]
-        group = -1 if encoding.block_size >= outputs else encoding.block_size
-        grouping = "oc" if along_k else "ic"
-    elif encoding.scales.ndim:
-        # Per channel: the axis numbers the channels.
-        group, grouping = -1, "ic" if along_k else "oc"
-    else:
-        group, grouping = -1, "oc"
-    symmetric = encoding.zero_points is None and encoding.codes.dtype.is_signed()
-    bits = next(width for width in (2, 3, 4, 8) if encoding.bits <= width)
-    return grouping, group, symmetric, bits
+    return tail.finish(run_kernel(lowering, spec, x, packed, lead))
 
 
 def _pack(
@@ -283,9 +240,9 @@ def _pack(
     encoding = weight.encoding
     codes = code_values(encoding)
     codes = codes if k_axis == 0 else codes.T
-    scales = _per_group(spec, encoding.scales, encoding, k_axis).astype(np.float32)
+    scales = per_group(spec, encoding.scales, encoding, k_axis).astype(np.float32)
     zeros = encoding.zero_points
-    points = None if zeros is None else _per_group(spec, zeros, encoding, k_axis)
+    points = None if zeros is None else per_group(spec, zeros, encoding, k_axis)
     outliers = None
     if encoding.outliers is not None:
         first, second = np.divmod(encoding.outliers.indices, encoding.shape[1])
@@ -294,19 +251,9 @@ def _pack(
     return spec.pack(codes, scales * np.float32(alpha), points, outliers, bias)
 
 
-def _per_group(spec: QuantizedMatMul, values: np.ndarray, encoding: Encoding, k_axis: int) -> np.ndarray:
-    """Scales or zero points as ``[N, groups]`` (oc) or ``[K, groups]`` (ic)."""
-    if values.ndim == 0:
-        return np.broadcast_to(values, (spec.n, 1))
-    if values.ndim == 1:
-        return values.reshape(-1, 1)
-    channels_first = k_axis == (0 if spec.grouping == "ic" else 1)
-    return values if channels_first else values.T
-
-
 def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear, tail: _Tail) -> Any | None:
     """The product with a plain constant matrix in panels; None where the kernel does not hold it."""
-    tensor, rows = constant_tensor(right), _rows(x)
+    tensor, rows = constant_tensor(right), rows_of(x)
     if tensor is None or rows is None or 0 in rows[0] or tensor.dtype != ir.DataType.FLOAT:
         return None
     shape = tuple(tensor.shape.numpy())
@@ -329,7 +276,7 @@ def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linea
             return spec.pack(matrix if linear.alpha == 1 else matrix * np.float32(linear.alpha), tail.bias)
 
     packed = lowering.packed(spec, key, right.name or "weight", pack)
-    return tail.finish(_run(lowering, spec, x, packed, rows[0]))
+    return tail.finish(run_kernel(lowering, spec, x, packed, rows[0]))
 
 
 def _on_batches(lowering: Lowering, x: Any, right: ir.Value | None) -> Any | None:

@@ -16,10 +16,9 @@ from effic.backends.tvm.kernels.quantized_cuda import CudaQuantizedMatMul
 from effic.backends.tvm.kernels.sparse_cuda import CudaSparseMatMul, is_two_of_four
 from effic.backends.tvm.lowering import Lowering, dtype_of
 from effic.backends.tvm.operators.encoded import fingerprint
-from effic.backends.tvm.operators.matmul import _rows as rows_of
-from effic.backends.tvm.operators.matmul import read_form
+from effic.backends.tvm.operators.products import per_group, read_form, rows_of
 from effic.ir.compressed import recognise_compressed
-from effic.ir.encodings import Encoding, code_values
+from effic.ir.encodings import code_values
 from effic.ir.model import constant_tensor
 from effic.ir.tensors import borrow
 
@@ -77,9 +76,9 @@ def _on_codes(
 
     def pack() -> list[np.ndarray]:
         codes = code_values(encoding)
-        scales = _per_group(spec, encoding.scales, encoding, k_axis).astype(np.float32)
+        scales = per_group(spec, encoding.scales, encoding, k_axis).astype(np.float32)
         zeros = encoding.zero_points
-        points = None if zeros is None else _per_group(spec, zeros, encoding, k_axis)
+        points = None if zeros is None else per_group(spec, zeros, encoding, k_axis)
         return spec.pack(codes if k_axis == 0 else codes.T, scales * np.float32(linear.alpha), points, bias)
 
     key = (
@@ -144,16 +143,6 @@ def _plain_matrix(value: ir.Value) -> tuple[ir.DataType, tuple[int, ...], Callab
             yield array
 
     return tensor.dtype, shape, reading
-
-
-def _per_group(spec: CudaQuantizedMatMul, values: np.ndarray, encoding: Encoding, k_axis: int) -> np.ndarray:
-    """Scales or zero points as ``[N, groups]`` (oc) or ``[K, groups]`` (ic)."""
-    if values.ndim == 0:
-        return np.broadcast_to(values, (spec.n, 1))
-    if values.ndim == 1:
-        return values.reshape(-1, 1)
-    channels_first = k_axis == (0 if spec.grouping == "ic" else 1)
-    return values if channels_first else values.T
 
 
 def _run(lowering: Lowering, spec: Any, x: Any, packed: Sequence[Any], lead: tuple[int, ...]) -> Any:

@@ -23,10 +23,7 @@ from effic.backends.tvm.kernels.quantized import COLUMNS
 from effic.backends.tvm.kernels.sparse import FLOAT, WINDOW, SparseMatMul
 from effic.backends.tvm.lowering import Lowering
 from effic.backends.tvm.operators.encoded import fingerprint
-from effic.backends.tvm.operators.matmul import _per_group as per_group
-from effic.backends.tvm.operators.matmul import _rows as rows_of
-from effic.backends.tvm.operators.matmul import _run as run_kernel
-from effic.backends.tvm.operators.matmul import read_form
+from effic.backends.tvm.operators.products import per_group, read_form, rows_of, run_kernel
 from effic.ir.compressed import recognise_compressed
 from effic.ir.encodings import code_values
 from effic.ir.errors import UsageError

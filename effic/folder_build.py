@@ -67,7 +67,12 @@ class FolderBuild:
         self._close = weakref.finalize(self, stack.close)
         place = os.path.join(self._scratch.folder, "built") if output is None else output
         self._folder = stack.enter_context(WholeFolder(place))
-        self._built = backend.build(model, self._folder.path, inputs=inputs, tell=tell)
+        try:
+            self._built = backend.build(model, self._folder.path, inputs=inputs, tell=tell)
+        except BaseException:
+            # Now, and not when whoever has the error lets go of it.
+            self._close()
+            raise
         self.outputs = self._built.outputs
 
     def note(self, step: Step) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from effic.ir.errors import InvalidModelError, UsageError
+from effic.ir.errors import InvalidModelError, NotMeasuredError, UsageError
+from effic.ir.memory import available_memory
 
 FORMAT = 1
 MANIFEST, LIBRARY, PARAMETERS = "manifest.json", "model.so", "params.safetensors"
@@ -23,6 +25,8 @@ MANIFEST, LIBRARY, PARAMETERS = "manifest.json", "model.so", "params.safetensors
 # The record of a build is the largest part; ten thousand passes would fit.
 _MOST_BYTES = 16 << 20
 _MOST_ENTRIES = 1 << 20
+_MOST_INPUT_BYTES = 1 << 34
+"""Made-up inputs may take, where it is not known how much memory is free."""
 _DEVICES, _VERIFIED = frozenset(["cpu", "cuda"]), frozenset(["built", "compiled", "run"])
 _DTYPES = frozenset(
     ["bool", "float16", "float32", "float64"]
@@ -293,11 +297,21 @@ def made_up(manifest: Manifest, seed: int = 0, bucket: int = 0) -> dict[str, np.
     """Random inputs that an artifact takes, for timing; a dimension of any size is 1.
 
     Floats are standard normal, integers lie below what they index.
+
+    Raises:
+        NotMeasuredError: they would not fit into memory.
     """
     rng = np.random.default_rng(seed)
     arrays = {}
-    for port, shape in zip(manifest.inputs, manifest.buckets[bucket].inputs, strict=True):
-        sizes = tuple(1 if isinstance(d, str) else d for d in shape)
+    shapes = [[1 if isinstance(d, str) else d for d in shape] for shape in manifest.buckets[bucket].inputs]
+    # Random numbers are drawn in eight bytes each.
+    need, have = 8 * sum(map(math.prod, shapes)), available_memory()
+    if need >= (_MOST_INPUT_BYTES if have is None else have):
+        raise NotMeasuredError(
+            f"inputs of the shapes that the manifest names take {need / 1e9:.3g} GB of memory, which are not free; "
+            "give others"
+        )
+    for port, sizes in zip(manifest.inputs, shapes, strict=True):
         if port.dtype == "bool":
             arrays[port.name] = rng.random(sizes) < 0.5
         elif port.dtype.startswith("float"):

@@ -24,7 +24,7 @@ from effic.backends.tvm import features  # noqa: E402
 from effic.backends.tvm.artifact import TvmArtifact  # noqa: E402
 from effic.backends.tvm.features import why_not_here  # noqa: E402
 from effic.backends.tvm.manifest import Bucket, Manifest, Port, made_up, read_manifest  # noqa: E402
-from effic.ir.errors import EfficError, InvalidModelError, UsageError  # noqa: E402
+from effic.ir.errors import EfficError, InvalidModelError, NotMeasuredError, UsageError  # noqa: E402
 from effic.ir.safetensors_format import write_safetensors  # noqa: E402
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3) - 5
@@ -276,6 +276,38 @@ def test_what_is_no_manifest_is_refused(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InvalidModelError, match="no manifest"):
         read_manifest(copy)
+
+
+@pytest.mark.parametrize("size", ["NaN", "Infinity", "1e9", "-1", "true", str(1 << 70), '""', "[2]"])
+def test_sizes_that_are_none_are_refused(copy: Path, size: str) -> None:
+    text = (copy / "manifest.json").read_text()
+    data = json.loads(text)
+    data["buckets"][0]["inputs"][0][0] = "HERE"
+    (copy / "manifest.json").write_text(json.dumps(data).replace('"HERE"', size))
+    with pytest.raises(InvalidModelError, match=r"'buckets.inputs' is no (size|text)"):
+        read_manifest(copy)
+
+
+def test_inputs_of_any_size_are_not_made_up(made: Path) -> None:
+    manifest = read_manifest(made)
+    huge = dataclasses.replace(manifest.buckets[0], inputs=(((1 << 61), 4), (1 << 61,)))
+    with pytest.raises(NotMeasuredError, match="GB of memory, which are not free"):
+        made_up(dataclasses.replace(manifest, buckets=(huge,)))
+
+
+def test_names_in_the_manifest_lead_nowhere(copy: Path, tmp_path: Path) -> None:
+    # They are looked up in the library and in the file of weights, and are never paths.
+    (tmp_path / "secret").write_text("years")
+    manifest = read_manifest(copy)
+    for name in ("../secret", str(tmp_path / "secret"), "w\0", "main_0"):
+        bucket = dataclasses.replace(manifest.buckets[0], parameters=(name,))
+        dataclasses.replace(manifest, buckets=(bucket,)).write(copy)
+        with pytest.raises(InvalidModelError, match="lacks the tensor"):
+            TvmArtifact.load(copy)
+        bucket = dataclasses.replace(manifest.buckets[0], entry=name + "x")
+        dataclasses.replace(manifest, buckets=(bucket,)).write(copy)
+        with pytest.raises(InvalidModelError, match="TVM cannot load"):
+            TvmArtifact.load(copy)
 
 
 def test_a_manifest_of_any_size_is_not_read(copy: Path) -> None:

@@ -402,3 +402,44 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(MissingToolError):
         optimize(linear(), "eliminate-dead-code", target="tvm-cpu", output=tmp_path / "out.tvm")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sizes of files are limited as Linux does")
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Enough for the model's weights and too little for the library.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (27_000, hard))
+    try:
+        with pytest.raises(
+            NotMeasuredError, match=r"failed \(exit code .*too large\) while linking$"
+        ) as caught:
+            optimize(
+                linear(), "eliminate-dead-code", target="tvm-cpu", output=tmp_path / "out.tvm", check="off"
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(text: str, *_: int) -> None:
+        if text == "tvm-cpu: lowering":
+            raise KeyboardInterrupt
+
+    (tmp_path / "out.tvm").mkdir()
+    (tmp_path / "out.tvm" / "manifest.json").write_text("an older build")
+    with pytest.raises(KeyboardInterrupt):
+        optimize(
+            linear(),
+            "eliminate-dead-code",
+            target="tvm-cpu",
+            output=tmp_path / "out.tvm",
+            check="off",
+            force=True,
+            progress=interrupt,
+        )
+    assert os.listdir(tmp_path) == ["out.tvm"]
+    assert (tmp_path / "out.tvm" / "manifest.json").read_text() == "an older build"

@@ -88,7 +88,9 @@ def _plans(lowering: Lowering, node: ir.Node, shape: tuple[Any, ...]) -> list[tu
         where = _positions(coordinates, size, out, scale, ends)
         if where is None:
             lowering.refuse(node, f"has the coordinates '{coordinates}', which are not lowered")
-        found.append((axis, _taps(node, mode, rounding, where, size, scale)))
+        # An old form that shrinks takes the next input, as ONNX Runtime has it; nothing was said of that.
+        near = "ceil" if old and scale < 1 else rounding
+        found.append((axis, _taps(node, mode, near, where, size, scale)))
     return found
 
 

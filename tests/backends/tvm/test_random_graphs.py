@@ -199,6 +199,12 @@ def test_spectra_lengths_and_caches() -> None:
     np.testing.assert_array_equal(found["c"], cache.astype(np.float32))
 
 
+def test_an_old_resize_takes_the_next_input_where_it_shrinks() -> None:
+    scales = np.array([1, 0.6], np.float32)
+    model = net("(float[1,5] x) => (float[1,3] y) { y = Resize(x, scales) }", opset=10, scales=scales)
+    assert run(model, {"x": np.arange(5, dtype=np.float32)[None]})["y"].tolist() == [[0, 2, 4]]
+
+
 def test_an_input_without_elements_is_refused_by_name() -> None:
     (one,) = coverage(net("(float[0] x, float[2] y) => (float[2] z) { z = Neg(y) }"), CPU)
     assert str(one) == "input 'x': has no elements, and kernels are made for some"

@@ -41,6 +41,9 @@ QUICK_TURNS, SURE_TURNS = 9, 31
 NOISE = 0.02
 """Faster by less than this share is no difference, whatever the quartiles say."""
 
+HOPELESS = 1 / 3
+"""Candidates below this speed of the default in a few calls are not timed any longer."""
+
 WORTH = 1e-3
 """Functions without a kernel that take less than this share of the time are left as they are."""
 
@@ -275,7 +278,7 @@ class Tuner:
     def run(self, trials: int, done: int, total: int, tell: Tell) -> int:
         """Try candidates while there are some; returns how many are left."""
         for task in self.tasks:
-            if task.key not in self.records.bases:
+            if task.key not in self.records.bases and {} not in self.records.tried(task.key):
                 tell("timing the functions as they are", done, total)
                 self._base(task)
         while trials > 0 and (best := self._next()) is not None:
@@ -357,14 +360,23 @@ class Tuner:
         return next((task for task in ranked if self._candidates(task)), None)
 
     def _base(self, task: KernelTask | FunctionTask) -> None:
-        from effic.backends.tvm.tune_measure import seconds
+        from effic.backends.tvm.tune_measure import REFUSALS, seconds
 
-        kernel = task.prepare({}, self.footprint)
-        self.records.add([Base(task.key, seconds(kernel, QUICK_TURNS))])
+        if task.kind == "schedule":
+            self._note(Trial(task.key, {}, "crashed"))
+        try:
+            kernel = task.prepare({}, self.footprint)
+            self.records.add([Base(task.key, seconds(kernel, QUICK_TURNS))])
+        except REFUSALS:
+            if task.kind == "kernel":
+                raise
+            self.records.add([Trial(task.key, {}, "refused")])
+        finally:
+            self.trying.unlink(missing_ok=True)
 
     def _compile(self, task: KernelTask | FunctionTask, tile: Tile) -> None:
         """Make a candidate ready to be timed, and run it once."""
-        from effic.backends.tvm.tune_measure import REFUSALS, same
+        from effic.backends.tvm.tune_measure import REFUSALS, once, same
 
         if not self._ready:
             self._ready.append(({}, task.prepare({}, self.footprint)))
@@ -374,10 +386,13 @@ class Tuner:
         except REFUSALS:
             self.records.add([Trial(task.key, tile, "refused")])
             return
-        if same(self._ready[0][1].output, kernel.output):
-            self._ready.append((tile, kernel))
-        else:
+        default = self._ready[0][1]
+        if not same(default.output, kernel.output):
             self.records.add([Trial(task.key, tile, "wrong")])
+        elif (rough := once(default) / once(kernel)) < HOPELESS:
+            self.records.add([Trial(task.key, tile, "timed", rough)])
+        else:
+            self._ready.append((tile, kernel))
 
     def _compare(self, task: KernelTask | FunctionTask) -> None:
         """Time what is ready beside the default; keep the best of it where it is better than what is used."""

@@ -131,16 +131,14 @@ def prepare_function(function: Any, cpu: Cpu) -> Ready:
     """Compile a scheduled function and make its arguments.
 
     Args:
-        function: of sizes that are all known; it has buffers only, and writes some of them.
+        function: of sizes that are all known; it has buffers only, and stores to some of them.
         cpu: this machine's.
 
     Raises:
         RuntimeError, ValueError, TypeError, AssertionError: it cannot be compiled.
     """
     run = compile_kernel(function.with_attr("global_symbol", "main"), cpu)
-    stored: list[Any] = []
-    tvm_ffi.structural_walk(function.body, (tirx.BufferStore, lambda store: stored.append(store.buffer)))
-    written = [any(buffer.same_as(one) for buffer in stored) for one in function.params]
+    written = written_parameters(function)
 
     def filled(signed: bool) -> list[Any]:
         rng = np.random.default_rng(1)
@@ -165,6 +163,13 @@ def prepare_function(function: Any, cpu: Cpu) -> Ready:
         arguments = filled(signed=False)
         output = results(arguments)
     return Ready(lambda: run(*arguments), output, time.thread_time if cpu.cores == 1 else time.perf_counter)
+
+
+def written_parameters(function: Any) -> list[bool]:
+    """Which parameters of a function it stores to."""
+    stored: list[Any] = []
+    tvm_ffi.structural_walk(function.body, (tirx.BufferStore, lambda store: stored.append(store.buffer)))
+    return [any(buffer.same_as(one) for buffer in stored) for one in function.params]
 
 
 def _filled(parameter: Any, rng: np.random.Generator, signed: bool, highest: int) -> np.ndarray:
@@ -211,9 +216,13 @@ def beside(kernels: Sequence[Ready], turns: int) -> list[Ratio]:
     return found
 
 
+def once(kernel: Ready) -> float:
+    """Seconds of one call, roughly."""
+    return max(1e-7, min(_timed(kernel, 1) for _ in range(3)))
+
+
 def _calls(kernel: Ready) -> int:
-    once = min(_timed(kernel, 1) for _ in range(3))
-    return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-7))))
+    return max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / once(kernel))))
 
 
 def _timed(kernel: Ready, calls: int) -> float:

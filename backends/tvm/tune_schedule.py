@@ -312,15 +312,17 @@ class FunctionTask:
 
 
 def find_functions(module: Any, cpu: Cpu) -> list[FunctionTask]:
-    """The distinct functions that a lowered module has beside kernels; those of unknown sizes are left out."""
+    """The distinct functions that a lowered module has beside kernels; those of unknown sizes, and such as only call
+    others, are left out."""
     from effic.backends.tvm.schedule.pipeline import called_functions, fuse, unscheduled
+    from effic.backends.tvm.tune_measure import written_parameters
 
     ready = fuse(cpu)(module)
     calls = called_functions(ready)
     tasks: dict[str, FunctionTask] = {}
     for name, function in unscheduled(ready).items():
         key = key_of_function(function, cpu)
-        if key is not None and name in calls:
+        if key is not None and name in calls and any(written_parameters(function)):
             task = tasks.setdefault(key, FunctionTask(function, key, 0, cpu))
             task.calls += calls[name]
             task.names.append(name)

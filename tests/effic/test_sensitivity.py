@@ -17,11 +17,17 @@ from effic.compare import Bounds
 from effic.guard import Accuracy
 from effic.ir.errors import UsageError
 from effic.models import digits_path, digits_test
-from effic.sensitivity import sensitivity
+from effic.sensitivity import Sensitivity, sensitivity
 from effic.trial import Trial
 
 DIGITS = digits_path()
 COARSE = "fuse-conv-bn,quantize-rtn{bits=3,min_size=0,group_size=-1,kinds=[Conv,MatMul,Gemm]}"
+
+
+@pytest.fixture(scope="module")
+def unscored() -> Sensitivity:
+    """By the outputs alone: ten runs of the pass and the model, which several tests look at."""
+    return sensitivity(DIGITS, COARSE)
 
 
 def scoring() -> Accuracy:
@@ -50,8 +56,8 @@ def test_every_site_is_measured_alone() -> None:
     assert order == sorted(order, reverse=True)
 
 
-def test_leaving_the_costliest_out_helps_more_than_the_cheapest() -> None:
-    found = sensitivity(DIGITS, COARSE)
+def test_leaving_the_costliest_out_helps_more_than_the_cheapest(unscored: Sensitivity) -> None:
+    found = unscored
     trial = Trial(effic.read_onnx(DIGITS), bounds=Bounds(rtol=1))
 
     def distance(text: str) -> float:
@@ -66,9 +72,9 @@ def test_leaving_the_costliest_out_helps_more_than_the_cheapest() -> None:
     assert distance(finer) < distance(COARSE)
 
 
-def test_files(tmp_path: Path) -> None:
+def test_files(tmp_path: Path, unscored: Sensitivity) -> None:
     pytest.importorskip("matplotlib")
-    found = sensitivity(DIGITS, COARSE)
+    found = unscored
     found.write_csv(tmp_path / "rows.csv")
     with open(tmp_path / "rows.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -231,7 +231,9 @@ class Conv2d:
     @property
     def tile(self) -> tuple[int, int]:
         """Blocks of filters and most pixels of the register tile, for AVX512."""
-        return self._tile(28)
+        # A plain image's broadcasts serve several columns of the kernel, which is written out: they stay in
+        # registers as well.
+        return self._tile(14 if self.plain_input and self.window.kernel[1] > 1 else 28)
 
     def _tile(self, vectors: int) -> tuple[int, int]:
         blocks, columns = -(-self.filters // LANES), self.flat.out[1]
@@ -319,8 +321,9 @@ class Conv2d:
     def prim_func(self, cpu: Cpu) -> Any:
         """``(x, w, [bias[O / 16, 16]], [residual], y)``."""
         r, flat = self.filter_blocks, self.flat
-        per_tile = max(1, registers(cpu, self.portable) // r)
-        length = tiles(flat.out[1], min(per_tile, self.columns or per_tile))[0]
+        held = registers(cpu, self.portable)
+        per_tile = self.columns or self.tile[1]
+        length = tiles(flat.out[1], min(per_tile, max(1, held // r)))[0]
         size, (kh, kw) = self._window_size(r), self.window.kernel
         count = -(-self.filters // LANES) // r
         result: list[Any] = []

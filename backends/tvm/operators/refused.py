@@ -1,8 +1,9 @@
-"""Operators that TVM's importer takes, and then has wrong or cannot compile: refused by name, with the reason."""
+"""Operators that TVM's importer takes, and then has wrong or cannot compile: put right, or refused by name."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
+from tvm import relax
 
 from effic.backends.tvm.lowering import Lowering, dtype_of
 from effic.backends.tvm.operators.importer import by_importer
@@ -34,10 +35,29 @@ def batch_normalization(lowering: Lowering, node: ir.Node) -> None:
 
 
 def roi_align(lowering: Lowering, node: ir.Node) -> None:
-    """RoiAlign takes the mean of its samples here."""
-    if node.attributes.get_string("mode", "avg") != "avg":
+    """RoiAlign takes the mean of its samples here. Half a pixel is one of the image: regions are scaled first,
+    which TVM's importer does last."""
+    get = node.attributes
+    if get.get_string("mode", "avg") != "avg":
         lowering.refuse(node, "takes the maximum of its samples, which TVM computes differently")
-    by_importer(lowering, node)
+    x, rois, images = (lowering.tensor(value) for value in node.inputs)
+    dtype, scale = dtype_of(rois), get.get_float("spatial_scale", 1.0)
+    usual = "half_pixel" if (node.version or lowering.opset) >= 16 else "output_half_pixel"
+    half = get.get_string("coordinate_transformation_mode", usual) == "half_pixel"
+    if half:
+        rois = lowering.emit(relax.op.subtract(rois, relax.const(0.5 / scale, dtype)))
+    images = lowering.emit(relax.op.astype(lowering.emit(relax.op.expand_dims(images, 1)), dtype))
+    found = relax.op.vision.roi_align(
+        x,
+        lowering.emit(relax.op.concat([images, rois], 1)),
+        pooled_size=(get.get_int("output_height", 1), get.get_int("output_width", 1)),
+        spatial_scale=scale,
+        sample_ratio=get.get_int("sampling_ratio", 0),
+        aligned=half,
+        layout="NCHW",
+        mode="avg",
+    )
+    lowering.set(node.outputs[0], found)
 
 
 def space_to_depth(lowering: Lowering, node: ir.Node) -> None:

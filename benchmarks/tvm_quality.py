@@ -128,16 +128,18 @@ TASKS: dict[str, Callable[[Any, int | None], Task]] = {
 def rows(subject: Subject) -> Iterator[tuple[str, str]]:
     """Method and passes."""
     kinds = [subject.kinds] if subject.kinds else []
+    # In 4 bits, depthwise weights too, nothing is left of MobileNet.
+    bits = 8 if subject.convolutional else 4
     groups = [*kinds, f"group_size={subject.group}"]
 
     def written(name: str, *options: str) -> str:
         return f"{name}{{{','.join(options)}}}" if options else name
 
     yield "fp32", ""
-    yield "AdaDim, 4 bits", written("quantize-adadim", *groups)
-    yield "EasyQuant, 4 bits", written("quantize-easyquant", *kinds)
+    yield f"AdaDim, {bits} bits", written("quantize-adadim", *groups, f"bits={bits}")
+    yield f"EasyQuant, {bits} bits", written("quantize-easyquant", *kinds, f"bits={bits}")
     yield "2:4 (SparseGPT)", written("prune-sparsegpt", *kinds, "n=2", "m=4") + ",compress-nm"
-    yield "GPTQ, 4 bits", written("quantize-gptq", *groups)
+    yield f"GPTQ, {bits} bits", written("quantize-gptq", *groups, f"bits={bits}")
     yield "RTN, 8 bits", written("quantize-rtn", *groups, "bits=8")
 
 

@@ -208,17 +208,21 @@ class QuantizedCode(Activations):
         with T.serial(words) as i:
             index = part * words + i
             taken = [self.read(self.w, block, index, start + chunk, 0) for chunk in range(chunks)]
-            # Chunks innermost: an activation is used up at once, and needs no register for long.
-            for k in range(0, spec.per_word, 4 if self.integers else 1):
-                for line, chunk, cell in cells:
-                    here, at = (groups[chunk], begun + line), index * spec.per_word + k
-                    value = self.read(total, cell)
-                    if self.integers:
-                        four = laid.values[(*here, T.ramp(at, 1, 4))]
-                        value = self.dotted(value, taken[chunk], k // 4, four)
-                    else:
-                        value = value + splat(T, laid.values[(*here, at)]) * self.decoded(taken[chunk], k)
-                    self.write_lanes(total, value, cell)
+            # What there is more of comes innermost: each of the others is used up at once, and needs no
+            # register for long. With 24 sums there are none to hold all activations, or all words, of a step.
+            ks = range(0, spec.per_word, 4 if self.integers else 1)
+            steps = [(k, *cell) for k in ks for cell in cells]
+            if lines <= chunks:
+                steps.sort(key=lambda step: (step[2], step[0], step[1]))
+            for k, line, chunk, cell in steps:
+                here, at = (groups[chunk], begun + line), index * spec.per_word + k
+                value = self.read(total, cell)
+                if self.integers:
+                    four = laid.values[(*here, T.ramp(at, 1, 4))]
+                    value = self.dotted(value, taken[chunk], k // 4, four)
+                else:
+                    value = value + splat(T, laid.values[(*here, at)]) * self.decoded(taken[chunk], k)
+                self.write_lanes(total, value, cell)
         for line, chunk, cell in cells:
             if line % digits:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,7 @@ MARGIN = 64
 def run(spec: Any, cpu: Cpu, inputs: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """Run a kernel with its output in the middle of a buffer of canaries, which must survive."""
     made = spec.prim_func(cpu)
-    given = [*(array.shape for array in inputs), shape]
-    for parameter, sizes in zip(made.params, given, strict=True):
-        # A kernel does not look itself: it would read past the end. What is no number is open.
-        wanted = [getattr(size, "value", None) for size in parameter.shape]
-        assert all(a in (None, b) for a, b in zip(wanted, sizes, strict=True))
+    check_shapes(made, [*(array.shape for array in inputs), shape])
     function = compile_kernel(made, cpu)
     size = math.prod(shape)
     room = np.full(size + 2 * MARGIN + 16, CANARY)
@@ -32,6 +29,13 @@ def run(spec: Any, cpu: Cpu, inputs: list[np.ndarray], shape: tuple[int, ...]) -
     assert (whole[:MARGIN] == CANARY).all()
     assert (whole[MARGIN + size :] == CANARY).all()
     return whole[MARGIN : MARGIN + size].reshape(shape)
+
+
+def check_shapes(function: Any, given: Sequence[tuple[int, ...]]) -> None:
+    """Arguments are of the shapes that a kernel asks for: it does not look itself, and would read past the end."""
+    for parameter, sizes in zip(function.params, given, strict=True):
+        wanted = [getattr(size, "value", None) for size in parameter.shape]  # what is no number is open
+        assert all(a in (None, b) for a, b in zip(wanted, sizes, strict=True))
 
 
 def close(got: np.ndarray, exact: np.ndarray, scale: np.ndarray | float) -> None:

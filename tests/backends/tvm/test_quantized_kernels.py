@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 tvm = pytest.importorskip("tvm", reason="the kernels are TVM's")
 
+from effic.backends.tvm.codegen import compile_kernel  # noqa: E402
 from effic.backends.tvm.cpu import Cpu  # noqa: E402
 from effic.backends.tvm.kernels.quantized import Outliers, QuantizedMatMul  # noqa: E402
 from effic.ir.errors import UsageError  # noqa: E402
+from tests.backends.tvm.kernel_runs import check_shapes  # noqa: E402
 
 CANARY = np.float32(12345.678)
 MARGIN = 256
@@ -124,12 +126,14 @@ def make(spec: QuantizedMatMul, seed: int, signed: bool = True) -> Case:
 
 
 def built(spec: QuantizedMatMul, cpu: Cpu) -> Any:
-    return tvm.compile(tvm.IRModule({spec.name: spec.prim_func(cpu)}), target=cpu.target())[spec.name]
+    return compile_kernel(spec.prim_func(cpu), cpu)
 
 
 def run(case: Case, cpu: Cpu) -> np.ndarray:
     y = tvm.runtime.tensor(np.full((case.spec.m, case.spec.n), np.nan, np.float32))
-    built(case.spec, cpu)(*(tvm.runtime.tensor(a) for a in (case.x, *case.packed)), y)
+    function, arrays = case.spec.prim_func(cpu), (case.x, *case.packed)
+    check_shapes(function, [*(array.shape for array in arrays), y.shape])
+    compile_kernel(function, cpu)(*map(tvm.runtime.tensor, arrays), y)
     return np.asarray(y.numpy())
 
 

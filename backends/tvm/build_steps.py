@@ -153,7 +153,8 @@ def answer(outputs: list[str], remarks: Remarks, clock: Clock) -> dict[str, Any]
 def save_arrays(path: str, arrays: Iterable[np.ndarray]) -> None:
     """Write arrays, to be read by :func:`load_arrays`."""
     # By number: names of a model may be any text, and np.savez has words of its own.
-    np.savez(path, **{str(i): array for i, array in enumerate(arrays)})
+    numbered: dict[str, Any] = {str(i): array for i, array in enumerate(arrays)}
+    np.savez(path, **numbered)
 
 
 def load_arrays(path: str) -> list[np.ndarray]:

@@ -289,9 +289,12 @@ def check_buckets(
     def feeds() -> Iterator[Mapping[str, np.ndarray]]:
         for sizes in others:
             model = pinned(canonical, sizes)
-            samples = () if calibration is None else calibration.feeds()
-            fitting = (arrays for arrays in samples if _misfit(model, arrays) is None)
-            yield next(fitting, None) or seeded_inputs(model, seed)
+            found: Mapping[str, np.ndarray] | None = None
+            if calibration is not None:
+                found = next(
+                    (arrays for arrays in calibration.feeds() if _misfit(model, arrays) is None), None
+                )
+            yield seeded_inputs(model, seed) if found is None else found
 
     oracle, rows = Oracle(canonical), []
     for sizes, inputs, got in zip(others, feeds(), build.run(feeds()), strict=True):

@@ -86,10 +86,10 @@ def _matrix(size: int, length: int, parts: int, inverse: bool, onesided: bool) -
         found = np.stack([np.fft.irfft(unit * factor, length, axis=1) for factor in (1, 1j)[:parts]], 1)
         return found.reshape(size * parts, -1)
     function = np.fft.ifft if inverse else np.fft.fft
-    found = function(unit, length, axis=1)
+    spectrum = function(unit, length, axis=1)
     if onesided:
-        found = found[:, : length // 2 + 1]
-    both = np.stack([found * factor for factor in (1, 1j)[:parts]], 1)
+        spectrum = spectrum[:, : length // 2 + 1]
+    both = np.stack([spectrum * factor for factor in (1, 1j)[:parts]], 1)
     return np.stack([both.real, both.imag], -1).reshape(size * parts, -1)
 
 

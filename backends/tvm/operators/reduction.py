@@ -30,7 +30,7 @@ def extreme(lowering: Lowering, node: ir.Node) -> None:
 def of_no_axes(lowering: Lowering, node: ir.Node) -> None:
     """ReduceL1, ReduceL2, ReduceSumSquare, ReduceLogSum: without axes each number is still made positive,
     squared, or its logarithm taken."""
-    if _axes(lowering, node) or not node.attributes.get_int("noop_with_empty_axes", 0):
+    if _axes(lowering, node) or not node.attributes.get_int("noop_with_empty_axes", False):
         by_importer(lowering, node)
         return
     x = lowering.tensor(node.inputs[0])
@@ -49,7 +49,7 @@ def mean(lowering: Lowering, node: ir.Node) -> None:
         by_importer(lowering, node)
         return
     axes = _axes(lowering, node)
-    if not axes and node.attributes.get_int("noop_with_empty_axes", 0):
+    if not axes and node.attributes.get_int("noop_with_empty_axes", False):
         lowering.set(node.outputs[0], x)
         return
     wide = lowering.emit(relax.op.astype(x, "float64"))
@@ -64,7 +64,7 @@ def log_sum_exp(lowering: Lowering, node: ir.Node) -> None:
     x = lowering.tensor(node.inputs[0])
     dtype, emit = dtype_of(x), lowering.emit
     axes = _axes(lowering, node)
-    if not dtype.startswith("float") or (not axes and node.attributes.get_int("noop_with_empty_axes", 0)):
+    if not dtype.startswith("float") or (not axes and node.attributes.get_int("noop_with_empty_axes", False)):
         by_importer(lowering, node)
         return
     most = emit(relax.op.max(x, axes or None, True))

@@ -57,6 +57,13 @@ def roi_align(lowering: Lowering, node: ir.Node) -> None:
         layout="NCHW",
         mode="avg",
     )
+    if half and not get.get_int("sampling_ratio", 0):
+        # As many samples as pixels: none of an empty region, of which TVM takes one.
+        starts, ends = (lowering.emit(relax.op.strided_slice(rois, [1], [at], [at + 2])) for at in (0, 2))
+        some = lowering.emit(relax.op.min(lowering.emit(relax.op.subtract(ends, starts)), 1))
+        some = lowering.emit(relax.op.reshape(some, [-1, 1, 1, 1]))
+        full = lowering.emit(relax.op.greater(some, relax.const(0, dtype)))
+        found = relax.op.where(full, lowering.emit(found), relax.const(0, dtype_of(x)))
     lowering.set(node.outputs[0], found)
 
 

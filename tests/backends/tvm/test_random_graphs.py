@@ -207,13 +207,13 @@ def test_an_old_resize_takes_the_next_input_where_it_shrinks() -> None:
 
 def test_regions_are_scaled_before_half_a_pixel_is_taken_off() -> None:
     model = net(
-        """(float[1,1,5,6] x, float[2,4] rois, int64[2] images) => (float[2,1,2,2] y) {
-        y = RoiAlign<output_height=2, output_width=2, sampling_ratio=2, spatial_scale=0.5>(x, rois, images)
+        """(float[1,1,5,6] x, float[3,4] rois, int64[3] images) => (float[3,1,2,2] y) {
+        y = RoiAlign<output_height=2, output_width=2, spatial_scale=0.5>(x, rois, images)
         }"""
     )
     x = np.random.default_rng(4).standard_normal((1, 1, 5, 6)).astype(np.float32)
-    rois = np.array([[1, 1, 8, 6], [0, 2, 10, 8]], np.float32)
-    feeds = {"x": x, "rois": rois, "images": np.zeros(2, np.int64)}
+    rois = np.array([[1, 1, 8, 6], [0, 2, 10, 8], [2, 2, 2, 4]], np.float32)
+    feeds = {"x": x, "rois": rois, "images": np.zeros(3, np.int64)}
     np.testing.assert_allclose(run(model, feeds)["y"], Oracle(model).run(feeds)["y"], rtol=1e-5, atol=1e-6)
 
 

@@ -121,9 +121,9 @@ def product_on_sparse(
     return tail.finish(run_kernel(lowering, spec, x, packed, rows[0]))
 
 
-_DENSE_ROWS = 16
-"""From more rows on the dense kernel was the faster where more than 3 of 8 fp32 weights are kept: for 2:4 1.0 of
-its speed at 16 rows, 0.9 at 32."""
+_DENSE_ROWS = 7
+"""For more rows the dense kernel was the faster where more than 3 of 8 fp32 weights are kept: 2:4 has 1.4 of
+its speed at 4 rows, 0.9 at 8, 0.7 at 16."""
 
 
 def why_slower(spec: SparseMatMul, cpu: Cpu, compressed: bool) -> str | None:

@@ -152,7 +152,24 @@ def _finish(target: Any) -> list[Any]:
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
         *cpu_generic.finalize_passes(target),
+        _without_aliases(),
     ]
+
+
+def _without_aliases() -> Any:
+    """The pass that says of every PrimFunc that its buffers lie apart, as they do.
+
+    TVM's functions that compute shapes do not say so, and its generator of code takes what the last function
+    says for all of them: kernels would read their buffers again at every step.
+    """
+
+    def run(module: Any, _context: Any) -> Any:
+        for variable, function in list(module.functions_items()):
+            if isinstance(function, tirx.PrimFunc):
+                module.update_func(variable, function.with_attr("tirx.noalias", True))
+        return module
+
+    return tvm.transform.module_pass(run, opt_level=0, name="effic.WithoutAliases")
 
 
 def _under(target: Any, steps: list[Any], name: str) -> Any:

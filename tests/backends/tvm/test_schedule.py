@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -362,6 +363,21 @@ def test_an_open_batch(cpu: Cpu, batch: int) -> None:
     y = y / y.sum(-1, keepdims=True)
     exact = np.concatenate([(y @ w).swapaxes(1, 2), y], 2).mean(-1, keepdims=True)
     np.testing.assert_allclose(got, exact, atol=1e-5)
+
+
+def test_code_for_open_sizes_knows_that_buffers_lie_apart(host: Cpu) -> None:
+    # The function that computes shapes is TVM's, and comes last.
+    n = tirx.Var("n", "int64")
+    executable, _ = compile_module(module_of(op.matmul, (n, 24), (24, 40)), host)
+    (code,) = (one.inspect_source("ll") for one in _modules(executable.mod) if one.kind == "llvm")
+    assert "shape_func" in code
+    assert re.search(r"@matmul_compute_\([^)]*ptr noalias", code)
+
+
+def _modules(module: Any) -> Iterator[Any]:
+    yield module
+    for one in module.imports:
+        yield from _modules(one)
 
 
 @pytest.mark.parametrize("length", [3, 16, 1000])

@@ -51,7 +51,7 @@ FLOAT = 32
 class SparseMatMul(QuantizedMatMul):
     """``y[M, N] = x[M, K] @ W[K, N] + bias[N]`` with at most ``kept`` of every ``of`` weights along K.
 
-    What :meth:`pack` returns depends on neither ``m`` nor ``portable``.
+    What :meth:`pack` returns depends on neither ``m``, ``activations`` nor ``portable``.
 
     Attributes:
         kept, of: the pattern, ``0 < kept < of <= 16``.
@@ -96,10 +96,15 @@ class SparseMatMul(QuantizedMatMul):
     # -- the shape of the layout ------------------------------------------------------------------
 
     @property
-    def rounds(self) -> bool:
-        """Whether products are of integers: four slots have to lie in one window."""
+    def whole(self) -> bool:
+        """Whether activations can be integers: codes, four neighbouring slots of which lie in one window."""
         together = self.place_bits == 2 or self.window_groups * self.kept % 4 == 0
-        return self.activations == "int8" and self.bits != FLOAT and together
+        return self.bits != FLOAT and together
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded to 8 bits."""
+        return self.activations == "int8" and self.whole
 
     @property
     def width(self) -> int:
@@ -195,7 +200,7 @@ class SparseMatMul(QuantizedMatMul):
             bias: ``[N]``, exactly where the spec has one.
 
         Returns:
-            values, places, and for codes fp32 scales, and for :attr:`rounds` int32 ``[blocks, segments, 128]``: -128
+            values, places, and for codes fp32 scales, and for :attr:`whole` int32 ``[blocks, segments, 128]``: -128
             times the sum of a segment's codes; fp32 bias ``[blocks, 128]``.
 
         Raises:
@@ -225,12 +230,12 @@ class SparseMatMul(QuantizedMatMul):
             padded[rows[:, None], columns[mine] % COLUMNS] = part
             kept, where = self._slots(padded)
             values[block], places[block] = self._words_of(kept), self._places(where)
-            if self.rounds:
+            if self.whole:
                 sums[block] = kept.reshape(self.segments, -1, COLUMNS).sum(axis=1, dtype=np.int32) * -128
         packed: list[np.ndarray] = [values, places]
         if scales is not None:
             packed.append(self._per_group(np.asarray(scales, np.float32)))
-        if self.rounds:
+        if self.whole:
             packed.append(sums)
         if bias is not None:
             padded = np.zeros(self.blocks * COLUMNS, np.float32)

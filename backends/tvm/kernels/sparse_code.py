@@ -40,7 +40,7 @@ class _SparseCode(QuantizedCode):
 
     def __init__(self, spec: SparseMatMul, cpu: Cpu, T: Any) -> None:
         super().__init__(spec, cpu, T)
-        self.integers, self.digits = spec.rounds, 1
+        self.integers = spec.rounds or (spec.whole and self.vnni)
         most = DIRECT_ROWS
         if self.avx512:
             most = GATHERED_ROWS if spec.kept * 8 > spec.of * 3 else spec.m
@@ -60,7 +60,7 @@ class _SparseCode(QuantizedCode):
         groups = (spec.n_groups, spec.padded_k) if self.inputs else (spec.blocks, spec.k_groups, COLUMNS)
         if not floats:
             self.scales = T.arg("scales", T.Buffer(groups, "float32"))
-        if self.integers:
+        if spec.whole:
             self.begun = T.arg("begun", T.Buffer((spec.blocks, spec.segments, COLUMNS), "int32"))
         self.zeros = None
         self.bias = T.arg("bias", T.Buffer((spec.blocks, COLUMNS), "float32")) if spec.bias else None
@@ -70,6 +70,11 @@ class _SparseCode(QuantizedCode):
             self.write_direct()
         else:
             self.write_panels()
+
+    def digits_of(self, number: Any) -> list[Any]:
+        """What ``vpdpbusd`` takes for unsigned: 128 more, which :attr:`begun` takes off again."""
+        found = super().digits_of(number)
+        return [self.T.bitwise_xor(digit, self.integer(128)) for digit in found] if self.vnni else found
 
     # -- slots ------------------------------------------------------------------------------------
 
@@ -153,9 +158,12 @@ class _SparseCode(QuantizedCode):
         cuts = self.cuts(chunks)
         periods = spec.segment // spec.period // cuts
         dtype = "int32" if self.integers else "float32"
-        total = T.alloc_buffer((rows * chunks * LANES,), dtype, scope="local")
+        digits = self.digits if self.integers else 1
+        total = T.alloc_buffer((rows * digits * chunks * LANES,), dtype, scope="local")
         cells = [
-            (row, chunk, (row * chunks + chunk) * LANES) for row in range(rows) for chunk in range(chunks)
+            (line, chunk, (line * chunks + chunk) * LANES)
+            for line in range(rows * digits)
+            for chunk in range(chunks)
         ]
         groups = [self.group_of(laid, block, start + chunk) for chunk in range(chunks)]
         if not self.avx512 or (self.integers and not self.vnni):
@@ -167,18 +175,24 @@ class _SparseCode(QuantizedCode):
                 value = self.read(self.begun, block, part, (start + chunk) * LANES)
                 value = value if self.vnni else self.integer(0)
             self.write_lanes(total, value, cell)
+        # As with quantized weights, what there is more of comes innermost: a vector of activations, or of places
+        # and values, is used up at once.
+        if rows * digits <= chunks:
+            cells.sort(key=lambda cell: (cell[1], cell[0]))
+        step = self.four_slots if self.integers else self.one_slot
         with T.serial(periods) as i:
             number = part * periods + i
             for slot in range(0, spec.period_slots, 4 if self.integers else 1):
-                for chunk in range(chunks):
-                    lines = [
-                        (laid.begin + first + row, (row * chunks + chunk) * LANES) for row in range(rows)
-                    ]
-                    step = self.four_slots if self.integers else self.one_slot
-                    step(laid, total, groups[chunk], block, number, slot, start + chunk, lines)
-        for row, chunk, cell in cells:
-            column = (start + chunk) * LANES
+                for line, chunk, cell in cells:
+                    here = groups[chunk], (laid.begin + first) * digits + line
+                    step(laid, total, here, block, number, slot, start + chunk, cell)
+        for line, chunk, cell in cells:
+            if line % digits:
+                continue
+            column, row = (start + chunk) * LANES, line // digits
             value = self.read(total, cell)
+            if self.integers:
+                value = self.joined([self.read(total, cell + d * chunks * LANES) for d in range(digits)])
             segment = T.floordiv(part, cuts)
             value = self.finished(laid, value, groups[chunk], block, first + row, segment, column)
             self.write_lanes(sums, self.read(sums, first + row, column) + value, first + row, column)
@@ -187,43 +201,39 @@ class _SparseCode(QuantizedCode):
         self,
         laid: Laid,
         total: Any,
-        group: Any,
+        here: tuple[Any, Any],
         block: Any,
         number: Any,
         slot: int,
         chunk: Any,
-        lines: list[tuple[Any, int]],
+        cell: int,
     ) -> None:
-        """fp32: a slot of 16 columns times the activations of each row."""
+        """fp32: a slot of 16 columns times the activations of a row."""
         k = number * self.spec.period + self.base(slot)
         value = self.value(block, number, slot, chunk)
-        place = self.place(block, number, slot, chunk)
-        for row, cell in lines:
-            product = self.gathered(laid, group, row, k, place) * value
-            self.write_lanes(total, self.read(total, cell) + product, cell)
+        product = self.gathered(laid, *here, k, self.place(block, number, slot, chunk)) * value
+        self.write_lanes(total, self.read(total, cell) + product, cell)
 
     def four_slots(
         self,
         laid: Laid,
         total: Any,
-        group: Any,
+        here: tuple[Any, Any],
         block: Any,
         number: Any,
         slot: int,
         chunk: Any,
-        lines: list[tuple[Any, int]],
+        cell: int,
     ) -> None:
-        """int8: four slots of 16 columns times the activations of each row."""
+        """Integers: four slots of 16 columns times a digit of the activations of a row."""
         spec, T = self.spec, self.T
-        k = number * spec.period + self.base(slot)
+        k = number * spec.period
         if not self.vnni:
             for one in range(slot, slot + 4):
                 place = self.place(block, number, one, chunk)
                 value = T.cast(self.value(block, number, one, chunk), "int32x16")
-                for row, cell in lines:
-                    at = number * spec.period + self.base(one)
-                    x = T.cast(self.gathered_singly(laid, group, row, at, place), "int32x16")
-                    self.write_lanes(total, self.read(total, cell) + x * value, cell)
+                x = T.cast(self.gathered_singly(laid, *here, k + self.base(one), place), "int32x16")
+                self.write_lanes(total, self.read(total, cell) + x * value, cell)
             return
         field = slot % spec.per_place_word // 4
         word = self.place_word(block, number, slot, chunk)
@@ -237,14 +247,11 @@ class _SparseCode(QuantizedCode):
                 else word + self.integer(offset)
             )
         place = T.reinterpret("int8x64", word)
+        table = self.repeated(laid.values[(*here, T.ramp(k + self.base(slot), 1, WINDOW))], WINDOW)
+        x = T.call_llvm_pure_intrin(_VPSHUFB, table, place, dtype="int8x64")
         value = self.value_bytes(block, number, slot, chunk)
-        for row, cell in lines:
-            sixteen = laid.values[group, row, T.ramp(k, 1, WINDOW)]
-            table = self.repeated(T.bitwise_xor(sixteen, T.broadcast(T.int8(-128), WINDOW)), WINDOW)
-            x = T.call_llvm_pure_intrin(_VPSHUFB, table, place, dtype="int8x64")
-            here = self.read(total, cell)
-            dot = T.call_llvm_pure_intrin(VPDPBUSD, here, x, value, dtype="int32x16")
-            self.write_lanes(total, dot, cell)
+        dot = T.call_llvm_pure_intrin(VPDPBUSD, self.read(total, cell), x, value, dtype="int32x16")
+        self.write_lanes(total, dot, cell)
 
     def disjoint(self, slot: int) -> bool:
         """Whether offsets of groups share no bit with places in them."""
@@ -268,7 +275,7 @@ class _SparseCode(QuantizedCode):
         """What the sum over a segment adds to y."""
         spec = self.spec
         if self.integers:
-            return super().finished(laid, self.joined([total]), group, block, row, part, column)
+            return super().finished(laid, total, group, block, row, part, column)
         if self.inputs or spec.bits == FLOAT:
             return total
         return total * self.read(self.scales, block, self.T.floordiv(part, spec.pieces), column)

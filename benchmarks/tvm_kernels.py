@@ -230,7 +230,7 @@ def _quantized(fields: dict[str, Any], rows: int, size: int, copies: int) -> tup
 
     fields = {"group_size": BLOCK, **fields}
     count = int(fields.pop("share", 0) * size * size)
-    spec = QuantizedMatMul(rows, size, size, outliers=count, **fields)
+    spec = QuantizedMatMul(rows, size, size, outliers=count > 0, **fields)
     rng = np.random.default_rng(0)
     half = spec.middle
     codes = rng.integers(-half, half, (size, size), dtype=np.int8)

@@ -82,7 +82,7 @@ class QuantizedMatMul:
         grouping: ``"oc"``: groups along k of an output channel; ``"ic"``: along n of an input channel.
         symmetric: signed codes and no zero points.
         activations: ``"int8"`` rounds them to 8 bits, a scale per row and at most 256 k; ``"fp32"`` to 24, if any.
-        outliers: how many exact weights there are.
+        outliers: whether exact weights are given; one function serves any number of them.
         bias: whether a bias of N follows.
         portable: use the form without AVX512 and VNNI instructions of its own.
     """
@@ -95,7 +95,7 @@ class QuantizedMatMul:
     grouping: Literal["oc", "ic"] = "oc"
     symmetric: bool = True
     activations: Literal["fp32", "int8"] = "fp32"
-    outliers: int = 0
+    outliers: bool = False
     bias: bool = False
     portable: bool = False
 
@@ -116,8 +116,6 @@ class QuantizedMatMul:
             return f"activations of '{self.activations}' are neither fp32 nor int8"
         if self.group_size != -1 and self.group_size < 1:
             return f"groups of {self.group_size} codes have no scale"
-        if not 0 <= self.outliers <= self.k * self.n:
-            return f"{self.outliers} outliers do not fit into {self.k} x {self.n} weights"
         return None
 
     # -- the shape of the layout ------------------------------------------------------------------
@@ -215,7 +213,7 @@ class QuantizedMatMul:
             scales: ``[N, ceil(K/g)]`` (``oc``) or ``[K, ceil(N/g)]`` (``ic``), of any float type.
             zero_points: of the shape of ``scales`` and the type of ``codes``; None means zero. A symmetric spec
                 takes none, and signed codes only.
-            outliers: exactly where the spec counts some.
+            outliers: exactly where the spec has them.
             bias: ``[N]``, exactly where the spec has one.
 
         Returns:
@@ -239,7 +237,7 @@ class QuantizedMatMul:
         padded = np.zeros((self.padded_k, self.blocks * COLUMNS), np.uint8)
         self._place(codes, padded, offset)
         found: list[np.ndarray] = []
-        if outliers is not None and self.outliers:
+        if outliers is not None:
             found = self._pack_outliers(outliers, padded, scales, zeros)
         packed = [self._words(padded), self._per_group(scales)]
         if not self.symmetric:
@@ -285,9 +283,11 @@ class QuantizedMatMul:
             raise UsageError("a symmetric weight has signed codes and no zero points")
         if zero_points is not None and zero_points.dtype != codes.dtype:
             raise UsageError(f"zero points are {zero_points.dtype} where codes are {codes.dtype}")
-        count = 0 if outliers is None else len(outliers.values)
-        if count != self.outliers:
-            raise UsageError(f"{count} outliers are given where the function is made for {self.outliers}")
+        if (outliers is not None) != self.outliers:
+            given = 0 if outliers is None else len(outliers.values)
+            raise UsageError(
+                f"{given} outliers are given, the function takes {'some' if self.outliers else 'none'}"
+            )
         if (bias is not None) != self.bias or (bias is not None and bias.shape != (self.n,)):
             given = "none" if bias is None else list(bias.shape)
             raise UsageError(

@@ -103,8 +103,10 @@ class QuantizedCode(Activations):
         self.zeros = None if spec.symmetric else T.arg("zeros", T.Buffer(groups, "int8"))
         if spec.outliers:
             self.begins = T.arg("begins", T.Buffer((spec.blocks * spec.segments + 1,), "int32"))
-            self.places = T.arg("places", T.Buffer((spec.outliers,), "int32"))
-            self.shares = T.arg("shares", T.Buffer((spec.outliers,), "float32"))
+            # Weights of one shape have as many outliers as it happens, and share one function.
+            count = T.int64()
+            self.places = T.arg("places", T.Buffer((count,), "int32"))
+            self.shares = T.arg("shares", T.Buffer((count,), "float32"))
         self.bias = T.arg("bias", T.Buffer((spec.blocks, COLUMNS), "float32")) if spec.bias else None
         self.y = T.arg("y", T.Buffer((spec.m, spec.n), "float32"))
         self.plain = self.plain_activations()

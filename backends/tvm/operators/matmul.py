@@ -216,7 +216,7 @@ def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear
         grouping=grouping,
         symmetric=symmetric,
         activations=lowering.options.get("activations", "fp32"),
-        outliers=0 if encoding.outliers is None else len(encoding.outliers.values),
+        outliers=encoding.outliers is not None and len(encoding.outliers.values) > 0,
         bias=tail.bias is not None,
     )
     if spec.why_not() is not None:
@@ -244,7 +244,7 @@ def _pack(
     zeros = encoding.zero_points
     points = None if zeros is None else per_group(spec, zeros, encoding, k_axis)
     outliers = None
-    if encoding.outliers is not None:
+    if encoding.outliers is not None and spec.outliers:
         first, second = np.divmod(encoding.outliers.indices, encoding.shape[1])
         rows, columns = (first, second) if k_axis == 0 else (second, first)
         outliers = Outliers(rows, columns, encoding.outliers.values.astype(np.float32) * np.float32(alpha))

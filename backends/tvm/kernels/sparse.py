@@ -16,15 +16,20 @@ of as many groups as 16 weights hold, in 4 bits (P = 8).
 
 Algebra. fp32: one ``vpermps(x of a group or window, places >> shift)`` gathers the activations of 16
 columns; with 2 bits the group's four activations repeat through the table, so that what lies above
-the two bits does not matter. int8 activations: one ``vpshufb`` gathers 64 bytes (4 slots of 16 columns) from 16
-neighbouring activations, one ``vpdpbusd`` adds their products. It takes unsigned times signed, so 128 is
-added to the activations and ``128 · sum(w)`` of a segment, known when packed, taken off.
+the two bits does not matter. Codes: activations are integers, of 8 bits or for fp32 of 24, three bytes
+("digits") as for the quantized products. One ``vpshufb`` gathers 64 bytes (4 slots of 16 columns) of a digit
+from 16 neighbouring activations, one ``vpdpbusd`` adds their products. It takes unsigned times signed, so
+128 is added to the digits and ``128 · sum(w)`` of a segment, known when packed, taken off. Patterns whose
+four slots lie in two windows, and CPUs without VNNI, take fp32 arithmetic unless activations have 8 bits.
 
-Roofline, per 16 columns and slot: a shift and the decoding once for all rows of a tile, a permute and a
-multiply-add per row: as long as the ``of / kept / 2`` cycles of the two multiply-adds per cycle a dense
-kernel does for 2:4, half of it for 1:4; a quarter of all that for int8 activations. Bytes per slot: 4, 1
-or 1/2 for its value, 1/4 (1/2 for groups above 4) for its place: a product of few rows reads 1.9 (fp32), 6.4
-(int8) or 10.7 (4 bits) times fewer for 2:4 than dense fp32, and memory limits it.
+Roofline, per 16 columns and slot, besides the decoding once for all rows of a tile: each row a permute on
+port 5 and a multiply-add, as many port uses as the two multiply-adds of a dense kernel that they replace with
+2:4 (half of those with 1:4), and all on port 5 or behind it. Codes: a quarter of that with 8-bit activations,
+three quarters with fp32 ones: as much as quantized products with 2:4, half with 1:4. Taking a vector of rows
+per weight instead is no way out: a weight, its place and the rows at that place are three loads, two per
+cycle, where a dense kernel multiplies twice. Bytes per slot: 4, 1 or 1/2 for its value, 1/4 (1/2 for groups
+above 4) for its place: a product of few rows reads 1.9 (fp32), 6.4 (int8) or 10.7 (4 bits) times fewer for
+2:4 than dense fp32, and memory limits it.
 """
 
 from __future__ import annotations
@@ -57,7 +62,7 @@ class SparseMatMul(QuantizedMatMul):
         kept, of: the pattern, ``0 < kept < of <= 16``.
         bits: of a value: 4, 8, or 32 for fp32, which has no scales and one whole group (``oc``).
         symmetric: true: zero points are taken off when the weight is packed.
-        activations: ``"int8"`` rounds them, where :attr:`rounds` says so.
+        activations: ``"int8"`` rounds them to 8 bits where :attr:`rounds` says so, ``"fp32"`` to 24, if any.
         outliers: 0.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from effic.backends.tvm.cpu import Cpu
+from effic.backends.tvm.kernels.dense import prefetch
 from effic.backends.tvm.kernels.lanes import LANES, function, splat
 from effic.backends.tvm.kernels.quantized import CHUNKS, COLUMNS
 from effic.backends.tvm.kernels.quantized_activations import DIRECT_ROWS, Laid
@@ -23,6 +24,9 @@ from effic.backends.tvm.kernels.sparse import FLOAT, WINDOW, SparseMatMul
 GATHERED_ROWS = 32
 """Up to so many rows activations are gathered where more than 3 of 8 weights are kept: a permute takes as long
 as two multiply-adds, so that for more rows a decoded panel is the faster one."""
+
+_AHEAD = 16
+"""Lines of a chunk's values that are fetched ahead: 8 KiB of a block, what arrives while memory answers."""
 
 _VPSHUFB = "llvm.x86.avx512.pshuf.b.512"
 
@@ -182,6 +186,8 @@ class _SparseCode(QuantizedCode):
         step = self.four_slots if self.integers else self.one_slot
         with T.serial(periods) as i:
             number = part * periods + i
+            if chunks < CHUNKS:
+                self.fetch_ahead(block, number, start, chunks, periods)
             for slot in range(0, spec.period_slots, 4 if self.integers else 1):
                 for line, chunk, cell in cells:
                     here = groups[chunk], (laid.begin + first) * digits + line
@@ -196,6 +202,20 @@ class _SparseCode(QuantizedCode):
             segment = T.floordiv(part, cuts)
             value = self.finished(laid, value, groups[chunk], block, first + row, segment, column)
             self.write_lanes(sums, self.read(sums, first + row, column) + value, first + row, column)
+
+    def fetch_ahead(self, block: Any, number: Any, start: Any, chunks: int, periods: int) -> None:
+        """Ask for the values and places that the chunks of a later piece are read from.
+
+        Chunks that take turns read 128 bytes here and there: out of cache 16 rows of 2:4 took 1.33 (fp32) and 1.13
+        (codes) times as long without. All eight read everything in order, which the CPU fetches by itself.
+        """
+        spec = self.spec
+        lines = spec.period_slots // spec.per_word, spec.period_slots // spec.per_place_word
+        ahead = max(periods, -(-_AHEAD // lines[0]))
+        for buffer, count in zip((self.w, self.places), lines, strict=True):
+            for line in range(count):
+                for chunk in range(chunks):
+                    prefetch(self.T, buffer[block, (number + ahead) * count + line, start + chunk, 0])
 
     def one_slot(
         self,

@@ -191,7 +191,7 @@ def test_packing_is_the_same_for_every_m_and_either_orientation() -> None:
     case = make(SparseMatMul(1, 130, 70, bits=4, group_size=32), 2, signed=False)
     assert case.zeros is not None
     assert case.scales is not None
-    other = dataclasses.replace(case.spec, m=64, portable=True)
+    other = dataclasses.replace(case.spec, m=64, activations="int8", portable=True)
     turned = np.ascontiguousarray(case.codes.T).T
     found = other.pack(turned, np.asfortranarray(case.scales), case.zeros)
     for one, two in zip(case.packed, found, strict=True):
@@ -202,19 +202,20 @@ def test_packing_is_the_same_for_every_m_and_either_orientation() -> None:
 def test_packed_words_by_hand() -> None:
     weight = np.zeros((4, 1), np.int8)
     weight[1], weight[3] = 5, -2
-    values, places, scales = SparseMatMul(1, 4, 1, bits=8).pack(weight, np.array([[0.5]]))
+    values, places, scales, begun = SparseMatMul(1, 4, 1, bits=8).pack(weight, np.array([[0.5]]))
     assert values.shape == (1, 4, 8, 16)
     assert values[0, 0, 0, 0] == (5 | 0xFE << 8)
     assert places[0, 0, 0, 0] == (1 | 3 << 8)
     assert scales[0, 0, 0] == np.float32(0.5)
+    assert begun[0, 0, 0] == -128 * (5 - 2)
     assert not values.reshape(-1)[1:].any()
 
 
 def test_bytes_of_a_large_weight() -> None:
     spec = SparseMatMul(1, 2048, 256, bits=8)
     case = make(spec, 0)
-    # 10 bits per kept weight of 2:4, and a scale per column.
-    assert sum(one.nbytes for one in case.packed) == 2048 * 256 * 10 // 16 + 256 * 4
+    # 10 bits per kept weight of 2:4, a scale per column, and a sum per 256 codes.
+    assert sum(one.nbytes for one in case.packed) == 2048 * 256 * 10 // 16 + 256 * 4 + 2048 * 4
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,10 @@ class Lowering:
         def unpacked() -> list[np.ndarray]:
             function = self.shared.function(spec, cpu)
             return [
-                np.broadcast_to(np.zeros((), str(one.dtype)), [int(size) for size in one.shape])
+                # A size that is open, of as many outliers as there are, is any.
+                np.broadcast_to(
+                    np.zeros((), str(one.dtype)), [getattr(size, "value", 1) for size in one.shape]
+                )
                 for one in function.params[1 : 1 - activations]
             ]
 

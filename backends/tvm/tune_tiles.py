@@ -86,12 +86,6 @@ def cache_tiles(spec: Any, cpu: Cpu, base: Tile) -> list[Tile]:
 
 
 def _dense(spec: DenseMatMul, most: int) -> list[Tile]:
-    if spec.m is None:
-        return [
-            {"panel": vectors * LANES, "rows": rows}
-            for vectors, rows in ((2, 8), (2, 6), (2, 12), (3, 8), (4, 6), (4, 4), (1, 12), (1, 6))
-            if rows * vectors <= most
-        ]
     if spec.m <= GEMV_ROWS:
         return [
             {"panel": vectors * LANES, "rows": spec.m}

@@ -57,6 +57,10 @@ _K_TILE = 1024
 """Rows of a panel of 48 columns that stay in a quarter of a megabyte, half of a small L2 cache."""
 
 
+OPEN_PANEL = 2 * LANES
+"""Columns of a panel that kernels of one row and of many share."""
+
+
 def pack_panels(weight: np.ndarray, panel: int) -> np.ndarray:
     """``[K, N]`` as ``[ceil(N / panel), K, panel]``, zeros past N."""
     k, n = weight.shape
@@ -74,7 +78,7 @@ class DenseMatMul:
     """``y[M, N] = act(x[M, K] @ w[K, N] + bias[N])`` in fp32.
 
     Attributes:
-        m, k, n: sizes. ``m`` None: the rows are known at run time only.
+        m, k, n: sizes.
         bias: whether a bias of N follows the weight.
         activation: None, ``relu``, or ``clip`` to ``low`` … ``high``.
         panel: columns of a panel of the packed weight, a multiple of 16; None chooses by ``m``.
@@ -83,7 +87,7 @@ class DenseMatMul:
         portable: use the form for CPUs without AVX512.
     """
 
-    m: int | None
+    m: int
     k: int
     n: int
     bias: bool = False
@@ -105,8 +109,6 @@ class DenseMatMul:
         """Columns of a panel."""
         if self.panel is not None:
             return self.panel
-        if self.m is None:
-            return 2 * LANES
         if self.m <= GEMV_ROWS:
             return 4 * LANES
         if self.m <= TALL_ROWS:
@@ -118,7 +120,7 @@ class DenseMatMul:
     @property
     def packs(self) -> bool:
         """Whether x is laid out as the tiles read it."""
-        return self.m is not None and self.m > GEMV_ROWS and self.n > 8 * LANES
+        return self.m > GEMV_ROWS and self.n > 8 * LANES
 
     def _most_rows(self, registers: int) -> int:
         """Most rows of a register tile."""
@@ -127,11 +129,11 @@ class DenseMatMul:
         vectors = self.columns // LANES
         # A row of the panel and one broadcast need registers as well.
         fit = min(registers // vectors, (registers + 3 - vectors) // vectors)
-        return max(1, min(fit, 16 if self.m is not None and self.m <= TALL_ROWS else 8))
+        return max(1, min(fit, 16 if self.m <= TALL_ROWS else 8))
 
     def why_not(self) -> str | None:
         """What the family cannot hold, as a sentence."""
-        if min(self.k, self.n) < 1 or (self.m is not None and self.m < 1):
+        if min(self.m, self.k, self.n) < 1:
             return f"a product of [{self.m}, {self.k}] and [{self.k}, {self.n}] has no elements"
         if self.panel is not None and (self.panel < LANES or self.panel % LANES):
             return f"panels of {self.panel} columns are not multiples of {LANES}"
@@ -151,24 +153,23 @@ class DenseMatMul:
         """``(x[M, K], w[panels, K, P], [bias[panels · P]], y[M, N])``."""
         width, panels = self.columns, -(-self.n // self.columns)
         most = self._most_rows(registers(cpu, self.portable))
-        k_tile = self.k_tile or (_K_TILE if self.m is None or self.m > 2 * most else self.k)
+        k_tile = self.k_tile or (_K_TILE if self.m > 2 * most else self.k)
         length, whole, left = tiles(self.k, k_tile)
         pieces = whole + (left > 0)
         result: list[Any] = []
         with function(self.name, result) as T:
-            m = T.int64() if self.m is None else self.m
-            x, w = argument(T, "x", (m, self.k)), argument(T, "w", (panels, self.k, width))
+            x, w = argument(T, "x", (self.m, self.k)), argument(T, "w", (panels, self.k, width))
             bias = argument(T, "bias", (panels * width,)) if self.bias else None
-            y = argument(T, "y", (m, self.n))
-            rows, full, rest = (most, m // most, 0) if self.m is None else tiles(self.m, most)
-            parallel = cpu.cores > 1 and 2 * (self.m or most) * self.k * self.n >= MIN_PARALLEL_FLOPS
-            parts = 1 if self.m is None else _parts(panels, full, CHUNKS_PER_CORE * cpu.cores)
+            y = argument(T, "y", (self.m, self.n))
+            rows, full, rest = tiles(self.m, most)
+            parallel = cpu.cores > 1 and 2 * self.m * self.k * self.n >= MIN_PARALLEL_FLOPS
+            parts = _parts(panels, full, CHUNKS_PER_CORE * cpu.cores)
             tile = _Tile(T, self, lambda panel, k, v: w[panel, k, lanes(T, v * LANES)], bias, y, ahead=w)
             held = self._laid(T, x, length, rows, full, rest, parallel) if self.packs else None
             with loop(T, panels * parts, parallel) as work:
                 panel, part = (work, 0) if parts == 1 else (work // parts, work % parts)
                 # Sums of the pieces of K so far, all rows of the panel.
-                sums = T.alloc_buffer((m, width), "float32", scope="global") if pieces > 1 else None
+                sums = T.alloc_buffer((self.m, width), "float32", scope="global") if pieces > 1 else None
 
                 def piece(index: Any, is_first: bool, is_last: bool) -> None:
                     start = index * length
@@ -185,10 +186,7 @@ class DenseMatMul:
                     first = full * part // parts
                     with T.serial(full * (part + 1) // parts - first) as number:
                         run(first + number, (first + number) * rows, rows)
-                    if self.m is None:
-                        with T.serial(m % rows) as number:
-                            run(number, full * rows + number, 1)
-                    elif rest and parts == 1:
+                    if rest and parts == 1:
                         run(full, full * rows, rest)
                     elif rest:
                         with T.If(part == parts - 1), T.Then():

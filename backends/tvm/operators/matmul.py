@@ -17,7 +17,7 @@ from tvm import relax
 
 from effic.backends.ort.linear import Linear, read_linear
 from effic.backends.ort.scenes import EncodedInput, encoded_input
-from effic.backends.tvm.kernels.dense import BatchMatMul, DenseMatMul
+from effic.backends.tvm.kernels.dense import OPEN_PANEL, BatchMatMul, DenseMatMul
 from effic.backends.tvm.kernels.quantized import Outliers, QuantizedMatMul
 from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
 from effic.backends.tvm.operators.attention import attention
@@ -198,17 +198,13 @@ def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear
     k_axis = int(weight.transposed) ^ int(linear.transposed)
     encoding = weight.encoding
     form = read_form(encoding, k_axis)
-    if (
-        form is None
-        or 0 in (lead := rows[0])
-        or encoding.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-    ):
+    if form is None or 0 in rows.lead or encoding.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return None
     grouping, group, symmetric, bits = form
     k, n = encoding.shape[k_axis], encoding.shape[1 - k_axis]
     tail.read(n, activations=False)
     spec = QuantizedMatMul(
-        m=rows[1],
+        m=rows.typical,
         k=k,
         n=n,
         bits=bits,
@@ -231,7 +227,7 @@ def _on_codes(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear
     packed = lowering.packed(
         spec, key, weight.name, lambda: _pack(spec, weight, k_axis, linear.alpha, tail.bias)
     )
-    return tail.finish(run_kernel(lowering, spec, x, packed, lead))
+    return tail.finish(run_kernel(lowering, spec, x, packed, rows))
 
 
 def _pack(
@@ -254,7 +250,7 @@ def _pack(
 def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linear, tail: _Tail) -> Any | None:
     """The product with a plain constant matrix in panels; None where the kernel does not hold it."""
     tensor, rows = constant_tensor(right), rows_of(x)
-    if tensor is None or rows is None or 0 in rows[0] or tensor.dtype != ir.DataType.FLOAT:
+    if tensor is None or rows is None or 0 in rows.lead or tensor.dtype != ir.DataType.FLOAT:
         return None
     shape = tuple(tensor.shape.numpy())
     if len(shape) != 2 or 0 in shape or right is None:
@@ -262,8 +258,8 @@ def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linea
     k, n = (shape[1], shape[0]) if linear.transposed else shape
     tail.read(n, activations=True)
     identity = (id(tensor), linear.transposed, linear.alpha)
-    plain = DenseMatMul(rows[1], k, n, tail.bias is not None, tail.activation)
-    spec = lowering.tuned(plain)
+    plain = DenseMatMul(rows.typical, k, n, tail.bias is not None, tail.activation)
+    spec = replace(plain, panel=OPEN_PANEL) if rows.is_open else lowering.tuned(plain)
     # Buckets share one packed weight: the first one's panels are the others' as well.
     panel = lowering.shared.choices.setdefault(("panel", *identity), spec.columns)
     if panel != spec.columns:
@@ -276,7 +272,7 @@ def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linea
             return spec.pack(matrix if linear.alpha == 1 else matrix * np.float32(linear.alpha), tail.bias)
 
     packed = lowering.packed(spec, key, right.name or "weight", pack)
-    return tail.finish(run_kernel(lowering, spec, x, packed, rows[0]))
+    return tail.finish(run_kernel(lowering, spec, x, packed, rows))
 
 
 def _on_batches(lowering: Lowering, x: Any, right: ir.Value | None) -> Any | None:

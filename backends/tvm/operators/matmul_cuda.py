@@ -16,7 +16,7 @@ from effic.backends.tvm.kernels.quantized_cuda import CudaQuantizedMatMul
 from effic.backends.tvm.kernels.sparse_cuda import CudaSparseMatMul, is_two_of_four
 from effic.backends.tvm.lowering import Lowering, dtype_of
 from effic.backends.tvm.operators.encoded import fingerprint
-from effic.backends.tvm.operators.products import per_group, read_form, rows_of
+from effic.backends.tvm.operators.products import Rows, per_group, read_form, rows_of
 from effic.ir.compressed import recognise_compressed
 from effic.ir.encodings import code_values
 from effic.ir.model import constant_tensor
@@ -43,7 +43,7 @@ def product_on_gpu(
         tail: the bias that can be taken along, see :mod:`.matmul`.
     """
     rows, dtype = rows_of(x), dtype_of(x)
-    if rows is None or 0 in rows[0] or right is None or dtype not in _KINDS:
+    if rows is None or rows.is_open or 0 in rows.lead or right is None or dtype not in _KINDS:
         return None
     weight = encoded_input(right)
     if weight is not None:
@@ -54,7 +54,7 @@ def product_on_gpu(
 def _on_codes(
     lowering: Lowering,
     x: Any,
-    rows: tuple[tuple[int, ...], int],
+    rows: Rows,
     weight: EncodedInput,
     linear: Linear,
     tail: Any,
@@ -67,12 +67,12 @@ def _on_codes(
     grouping, group, symmetric, bits = form
     k, n = encoding.shape[k_axis], encoding.shape[1 - k_axis]
     dtype: Any = dtype_of(x)
-    spec = CudaQuantizedMatMul(rows[1], k, n, bits, group, grouping, symmetric, dtype)
+    spec = CudaQuantizedMatMul(rows.count, k, n, bits, group, grouping, symmetric, dtype)
     if spec.why_not() is not None:
         return None
     tail.read(n, activations=False)
     bias = tail.bias
-    spec = CudaQuantizedMatMul(rows[1], k, n, bits, group, grouping, symmetric, dtype, bias is not None)
+    spec = CudaQuantizedMatMul(rows.count, k, n, bits, group, grouping, symmetric, dtype, bias is not None)
 
     def pack() -> list[np.ndarray]:
         codes = code_values(encoding)
@@ -89,13 +89,13 @@ def _on_codes(
         tail.key if tail.bias is not None else (),
     )
     packed = lowering.weights(key, weight.name, pack)
-    return tail.finish(_run(lowering, spec, x, packed, rows[0]))
+    return tail.finish(_run(lowering, spec, x, packed, rows.lead))
 
 
 def _on_pairs(
     lowering: Lowering,
     x: Any,
-    rows: tuple[tuple[int, ...], int],
+    rows: Rows,
     right: ir.Value,
     linear: Linear,
     tail: Any,
@@ -113,7 +113,7 @@ def _on_pairs(
     k, n = (shape[1], shape[0]) if turn else shape
     tail.read(n, activations=False)
     bias = tail.bias
-    spec = CudaSparseMatMul(rows[1], k, n, dtype, bias is not None)
+    spec = CudaSparseMatMul(rows.count, k, n, dtype, bias is not None)
 
     def pack() -> list[np.ndarray]:
         with reading() as array:
@@ -122,7 +122,7 @@ def _on_pairs(
 
     key = ("cuda pairs", fingerprint(right), dtype, turn, linear.alpha, tail.key if bias is not None else ())
     packed = lowering.weights(key, right.name or "weight", pack)
-    return tail.finish(_run(lowering, spec, x, packed, rows[0]))
+    return tail.finish(_run(lowering, spec, x, packed, rows.lead))
 
 
 def _plain_matrix(value: ir.Value) -> tuple[ir.DataType, tuple[int, ...], Callable[[], Any]] | None:

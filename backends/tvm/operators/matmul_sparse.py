@@ -87,13 +87,13 @@ def product_on_sparse(
         tail: the bias that can be taken along, see :mod:`.matmul`.
     """
     rows, cpu = rows_of(x), lowering.cpu
-    if cpu is None or rows is None or 0 in rows[0] or right is None:
+    if cpu is None or rows is None or 0 in rows.lead or right is None:
         return None
     encoded = encoded_input(right)
     if encoded is not None:
-        weight = _in_codes(lowering, encoded, linear, rows[1])
+        weight = _in_codes(lowering, encoded, linear, rows.typical)
     else:
-        weight = _plain(right, linear, rows[1])
+        weight = _plain(right, linear, rows.typical)
     if weight is None:
         return None
     key = ("nm", fingerprint(right), linear.transposed)
@@ -118,7 +118,7 @@ def product_on_sparse(
     whole = ("sparse", fingerprint(right), linear.transposed, linear.alpha, tail.key if spec.bias else ())
     packed = lowering.packed(spec, whole, weight.names[0], lambda: weight.pack(spec, bias))
     lowering.tell(f"{what}, sparse kernel")
-    return tail.finish(run_kernel(lowering, spec, x, packed, rows[0]))
+    return tail.finish(run_kernel(lowering, spec, x, packed, rows))
 
 
 _DENSE_ROWS = 7

@@ -3,33 +3,64 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from tvm import relax
 
+from effic.backends.tvm.kernels.dense import DenseMatMul
+from effic.backends.tvm.kernels.open_rows import CODED_SIZES, SIZES, OpenRows
 from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
 from effic.backends.tvm.operators.encoded import as_matrix
 from effic.ir.encodings import Encoding
 
+OPEN_ROWS = 16
+"""What is chosen by the number of rows is chosen for so many where that is open."""
 
-def rows_of(x: Any) -> tuple[tuple[int, ...], int] | None:
-    """The batch dimensions of an activation and their product, None where a size is open or there is none."""
+
+class Rows(NamedTuple):
+    """The batch dimensions of an activation, and their product; both may be open."""
+
+    lead: tuple[Any, ...]
+    count: Any
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the number of rows is known at run time only."""
+        return not isinstance(self.count, int)
+
+    @property
+    def typical(self) -> int:
+        """The number of rows, or what stands for it when a kernel is chosen."""
+        return OPEN_ROWS if self.is_open else int(self.count)
+
+
+def rows_of(x: Any) -> Rows | None:
+    """The rows of an activation, None where it has no last axis of known length."""
     shape = shape_of(x)
-    if not shape or not all(isinstance(d, int) for d in shape):
+    if not shape or not isinstance(shape[-1], int):
         return None
-    return shape[:-1], math.prod(shape[:-1])
+    return Rows(shape[:-1], math.prod(shape[:-1]))
 
 
-def run_kernel(lowering: Lowering, spec: Any, x: Any, packed: list[Any], lead: tuple[int, ...]) -> Any:
-    """Call a kernel of ``[M, K]`` and ``[M, N]`` on activations of any shape, fp16 through fp32."""
+def run_kernel(lowering: Lowering, spec: Any, x: Any, packed: list[Any], rows: Rows) -> Any:
+    """Call a kernel of ``[M, K]`` and ``[M, N]`` on activations of any shape, fp16 through fp32.
+
+    Where the number of rows is open, ``spec`` is made for several numbers of them.
+    """
     kind = dtype_of(x)
     if kind != "float32":
         x = lowering.emit(relax.op.astype(x, "float32"))
-    flat = x if len(lead) == 1 else lowering.emit(relax.op.reshape(x, (spec.m, spec.k)))
-    y = lowering.call(spec, [flat, *packed], (spec.m, spec.n), "float32")
-    if len(lead) != 1:
-        y = lowering.emit(relax.op.reshape(y, (*lead, spec.n)))
+    whole = len(rows.lead) == 1
+    flat = x if whole else lowering.emit(relax.op.reshape(x, (rows.count, spec.k)))
+    kernel = spec
+    if rows.is_open:
+        sizes = SIZES if isinstance(spec, DenseMatMul) else CODED_SIZES
+        kernel = OpenRows(replace(spec, m=None).name, lambda m: replace(spec, m=m), sizes)
+    y = lowering.call(kernel, [flat, *packed], (rows.count, spec.n), "float32")
+    if not whole:
+        y = lowering.emit(relax.op.reshape(y, (*rows.lead, spec.n)))
     return y if kind == "float32" else lowering.emit(relax.op.astype(y, kind))
 
 

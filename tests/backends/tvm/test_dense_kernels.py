@@ -71,12 +71,6 @@ def test_sums_wait_between_many_pieces_of_the_inputs(host: Cpu, m: int, k_tile: 
     check_dense(DenseMatMul(m, 125, 170, bias=True, activation="relu", k_tile=k_tile), with_cores(host, 1), m)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 21])
-@pytest.mark.parametrize("k_tile", [None, 20])
-def test_rows_may_be_known_at_run_time_only(host: Cpu, rows: int, k_tile: int | None) -> None:
-    check_dense(DenseMatMul(None, 48, 50, bias=True, k_tile=k_tile), host, rows)
-
-
 @pytest.mark.parametrize(("panel", "rows"), [(16, 8), (16, 28), (32, 12), (64, 6), (128, 1)])
 def test_any_tile_gives_the_product(host: Cpu, panel: int, rows: int) -> None:
     check_dense(DenseMatMul(29, 37, 141, panel=panel, rows=rows), host, 29)

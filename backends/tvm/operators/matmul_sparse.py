@@ -20,6 +20,7 @@ from effic.backends.ort.linear import Linear
 from effic.backends.ort.scenes import EncodedInput, encoded_input
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.kernels.quantized import COLUMNS
+from effic.backends.tvm.kernels.quantized_activations import DIRECT_ROWS
 from effic.backends.tvm.kernels.sparse import FLOAT, WINDOW, SparseMatMul
 from effic.backends.tvm.lowering import Lowering
 from effic.backends.tvm.operators.encoded import fingerprint
@@ -121,9 +122,12 @@ def product_on_sparse(
     return tail.finish(run_kernel(lowering, spec, x, packed, rows))
 
 
-_DENSE_ROWS = 7
-"""For more rows the dense kernel was the faster where more than 3 of 8 fp32 weights are kept: 2:4 has 1.4 of
-its speed at 4 rows, 0.9 at 8, 0.7 at 16."""
+_DENSE_ROWS = 16
+"""For more rows the dense kernel is the faster where more than 3 of 8 fp32 weights are kept: out of cache 2:4 has
+1.13 of its speed at 8 rows, 1.10 at 16, 0.86 at 32, 0.70 at 128; 1:4 still 1.3 at 128. Codes stay sparse for
+any rows: at 128, 2:4 with fp32 activations has 0.80 to 0.84 of the quantized kernel's speed (at 32 1.03, at 16
+1.05 to 1.14), and a form of its own for a bucket of many rows would be a second copy of the weight, 1.3 (4 bits)
+to 1.6 times as large."""
 
 
 def why_slower(spec: SparseMatMul, cpu: Cpu, compressed: bool) -> str | None:
@@ -143,8 +147,11 @@ def why_slower(spec: SparseMatMul, cpu: Cpu, compressed: bool) -> str | None:
         # 0.5 of the quantized kernel's speed and less.
         return "without VNNI, activations in 8 bits are gathered one by one"
     if not cpu.avx512 and density > 1 / 4:
-        # 2:4: 0.5 to 0.8 of a dense kernel's speed for one row; 1:4 1.1 to 1.7.
+        # 2:4: 0.5 to 0.8 of a dense kernel's speed for one row; 1:4 1.1 to 1.8.
         return "without AVX512, gathering activations takes longer than reading the zeros"
+    if spec.bits == FLOAT and not cpu.avx512 and spec.m > DIRECT_ROWS:
+        # Panels are decoded: 0.9 of the dense kernel's speed at 16 rows (1:4 in codes: 1.05 of the quantized one's).
+        return f"without AVX512, for {spec.m} rows the dense kernel was measured the faster"
     if spec.bits == FLOAT and density > 3 / 8 and spec.m > _DENSE_ROWS:
         return f"for {spec.m} rows the dense kernel was measured the faster"
     return None

@@ -156,8 +156,17 @@ def test_against_the_dense_weight(drawn: tuple[Case, int]) -> None:
     assert error(got, case.exact(), case) < 6e-3
 
 
-@pytest.mark.parametrize("activations", ["fp32", "int8"])
-@pytest.mark.parametrize(("kept", "of", "bits"), [(2, 4, 8), (1, 4, 4), (2, 8, 8), (2, 4, FLOAT)])
+@pytest.mark.parametrize(
+    ("kept", "of", "bits", "activations"),
+    [
+        (2, 4, 8, "fp32"),
+        (2, 4, 8, "int8"),
+        (1, 4, 4, "fp32"),
+        (2, 8, 8, "fp32"),
+        (2, 8, 4, "int8"),
+        (2, 4, FLOAT, "fp32"),
+    ],
+)
 def test_the_portable_form_is_the_same(kept: int, of: int, bits: int, activations: Any) -> None:
     spec = SparseMatMul(6, 320, 130, bits=bits, activations=activations, bias=True, kept=kept, of=of)
     case = make(spec, 3)
@@ -298,7 +307,13 @@ def test_where_other_kernels_are_faster() -> None:
     assert "AVX512" in (why_slower(spec, old, False) or "")
     assert why_slower(spec, old, True) is None
     assert why_slower(dataclasses.replace(spec, kept=1), old, False) is None
-    assert "dense kernel" in (why_slower(dataclasses.replace(spec, m=128), wide, False) or "")
+    assert "dense kernel" in (why_slower(dataclasses.replace(spec, kept=1, m=5), old, False) or "")
+    assert why_slower(dataclasses.replace(spec, kept=1, m=5, bits=8), old, False) is None
+    assert why_slower(dataclasses.replace(spec, m=16), wide, False) is None
+    assert "dense kernel" in (why_slower(dataclasses.replace(spec, m=17), wide, False) or "")
+    assert why_slower(dataclasses.replace(spec, m=17), wide, True) is None
+    assert why_slower(dataclasses.replace(spec, m=128, kept=1), wide, False) is None
+    assert why_slower(dataclasses.replace(spec, m=128, bits=8), wide, False) is None
     assert "more would be read" in (why_slower(dataclasses.replace(spec, n=10), wide, False) or "")
     rounding = dataclasses.replace(spec, bits=8, activations="int8")
     assert "VNNI" in (why_slower(rounding, Cpu("skylake-avx512", 1, True), False) or "")

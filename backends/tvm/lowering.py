@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax, tirx
 from tvm.ir import GenericConst
+from tvm_ffi import structural_equal
 
 from effic.backends.tvm import layout
 from effic.backends.tvm.cpu import Cpu
@@ -453,6 +454,13 @@ def shape_of(expression: Any) -> tuple[Any, ...]:
             "a shape depends on the values of the inputs, which kernels cannot be made for"
         )
     return tuple(int(d) if isinstance(d, tirx.IntImm) else d for d in shape.values)
+
+
+def same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are equal as far as is known at build."""
+    if isinstance(one, int) or isinstance(other, int):
+        return isinstance(one, int) and isinstance(other, int) and one == other
+    return bool(structural_equal(one, other))
 
 
 def dtype_of(expression: Any) -> str:

@@ -41,7 +41,7 @@ class OpenRows:
     cut: tuple[int, ...] = (0,)
 
     def prim_func(self, cpu: Cpu) -> Any:
-        """The arguments of the kernels, the first dimension of those that are cut open."""
+        """The arguments of the kernels, those that are cut with an open first dimension."""
         from tvm.tirx import IntImm
 
         made = [self.make(size).prim_func(cpu) for size in self.sizes]
@@ -54,8 +54,8 @@ class OpenRows:
                 # What is no number is open in the kernels, too.
                 shape = [int(size) if isinstance(size, IntImm) else size for size in one.shape]
                 if index in cut:
-                    # The kernel for one row may take several: all heads of one image.
-                    shape[0] = rows * shape[0] if shape[0] > 1 else rows
+                    # The kernel for one row may take several, the heads of one image: they have an axis.
+                    shape[:1] = [rows, *shape[:1]] if shape[0] > 1 else [rows]
                 arguments.append(T.arg(str(one.name), T.Buffer(tuple(shape), str(one.dtype))))
             # Most of the rows by the largest kernel that they fill, the rest by the smallest that holds it.
             main = T.int64(self.sizes[0])
@@ -73,20 +73,18 @@ class OpenRows:
                 with T.serial(known[0]) as number:
                     begin = T.Select(main == size, number * size, done)
                     T.buffer_store(known, T.min(begin, rows - size), [1])
-                    self._call(T, kernel, size, arguments, cut, known[1])
+                    self._call(T, kernel, arguments, cut, known[1])
                 smaller = size
         return result[0]
 
-    def _call(self, T: Any, kernel: Any, size: int, arguments: list[Any], cut: set[int], row: Any) -> None:
+    def _call(self, T: Any, kernel: Any, arguments: list[Any], cut: set[int], row: Any) -> None:
         """The body of a kernel, its buffers lying inside of the arguments."""
         from tvm.tirx import DeclBuffer, IntImm
 
         bound: list[Any] = []
         for index, (one, whole) in enumerate(zip(kernel.params, arguments, strict=True)):
-            begin = [0] * len(one.shape)
-            if index in cut:
-                begin[0] = row * (int(one.shape[0]) // size)
-            else:
+            begin = [row if index in cut else 0] + [0] * (len(whole.shape) - 1)
+            if index not in cut:
                 for own, given in zip(one.shape, whole.shape, strict=True):
                     if not isinstance(own, IntImm) and not any(own.same_as(v) for v in [given, *bound]):
                         T.bind(given, var=own)

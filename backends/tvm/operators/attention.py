@@ -13,7 +13,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from effic.backends.tvm.kernels.attention import Attention
-from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
+from effic.backends.tvm.lowering import Lowering, dtype_of, same_size, shape_of
 from effic.ir.model import constant_array, sole_consumer
 
 
@@ -41,6 +41,10 @@ def attention(lowering: Lowering, node: ir.Node) -> Any | None:
     if any(dtype_of(one) != "float32" or len(shape_of(one)) != 4 for one in given):
         return None
     shapes = [shape_of(one) for one in given]
+    first = shapes[0][0]
+    if not isinstance(first, int):
+        # Zero stands for the number of images that is open.
+        shapes = [(0 if same_size(shape[0], first) else shape[0], *shape[1:]) for shape in shapes]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return None
     (batch, heads, queries, head_dim), turned, plain = shapes[:3]
@@ -49,7 +53,7 @@ def attention(lowering: Lowering, node: ir.Node) -> Any | None:
         return None
     if mask is not None and shapes[3][3] != keys:
         return None
-    spec = Attention(batch, heads, heads, queries, keys, head_dim, scale=scores.scale)
+    spec = Attention(batch or None, heads, heads, queries, keys, head_dim, scale=scores.scale)
     if mask is not None:
         spec = replace(spec, mask="additive", mask_shape=shapes[3][:3])
     if spec.why_not() is not None:
@@ -64,7 +68,7 @@ def attention(lowering: Lowering, node: ir.Node) -> Any | None:
         if all(one is not None and shape_of(one) == shape_of(pair[0]) for one in pair):
             given[1:3] = pair
             spec = replace(spec, kv_heads=shape_of(pair[0])[1])
-    return lowering.call(spec, given, (batch, heads, queries, head_dim), "float32")
+    return lowering.call(spec, given, (first, heads, queries, head_dim), "float32")
 
 
 def _turned_from(keys: ir.Value) -> ir.Value | None:

@@ -18,8 +18,9 @@ from tvm import relax
 from effic.backends.ort.linear import Linear, read_linear
 from effic.backends.ort.scenes import EncodedInput, encoded_input
 from effic.backends.tvm.kernels.dense import OPEN_PANEL, BatchMatMul, DenseMatMul
+from effic.backends.tvm.kernels.open_rows import OpenRows
 from effic.backends.tvm.kernels.quantized import Outliers, QuantizedMatMul
-from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
+from effic.backends.tvm.lowering import Lowering, dtype_of, same_size, shape_of
 from effic.backends.tvm.operators.attention import attention
 from effic.backends.tvm.operators.encoded import fingerprint
 from effic.backends.tvm.operators.matmul_cuda import product_on_gpu
@@ -276,26 +277,60 @@ def _on_panels(lowering: Lowering, x: Any, right: ir.Value | None, linear: Linea
 
 
 def _on_batches(lowering: Lowering, x: Any, right: ir.Value | None) -> Any | None:
-    """The product of two activations of the same batch dimensions; None where the kernel does not hold it."""
+    """The product of two activations; None where the kernel does not hold it.
+
+    Of what lies before the matrices the first dimension may be open, or 1 on one side; the others are the same on
+    both, or 1 on the right.
+    """
     if right is None:
         return None
     w = lowering.value(right)
     left_shape, right_shape = shape_of(x), shape_of(w)
     if dtype_of(x) != "float32" or dtype_of(w) != "float32" or min(len(left_shape), len(right_shape)) < 2:
         return None
-    if left_shape[:-2] != right_shape[:-2] or not all(
-        isinstance(d, int) for d in (*left_shape, *right_shape)
-    ):
+    rank = max(len(left_shape), len(right_shape), 3)
+    (first, *rest, m, k), (other, *others, _, n) = (
+        (1,) * (rank - len(shape)) + shape for shape in (left_shape, right_shape)
+    )
+    if not all(isinstance(size, int) for size in (*rest, *others, m, k, n)):
         return None
-    *lead, m, k = left_shape
-    n = right_shape[-1]
-    spec = lowering.tuned(BatchMatMul(math.prod(lead), m, k, n))
+    batch = math.prod(rest)
+    if isinstance(other, int) and other * math.prod(others) == 1:
+        # One matrix for all: what is multiplied with it is so many rows.
+        spec, cut, outer = BatchMatMul(1, batch * m, k, n), (0,), first
+        if isinstance(first, int):
+            spec, outer = BatchMatMul(1, first * batch * m, k, n), 1
+    elif rest != others:
+        return None
+    elif same_size(first, other):
+        spec, cut, outer = BatchMatMul(batch, m, k, n), (0, 1), first
+        if isinstance(first, int):
+            spec, outer = BatchMatMul(first * batch, m, k, n), 1
+    elif same_size(other, 1) or same_size(first, 1):
+        cut = (0,) if same_size(other, 1) else (1,)
+        spec, outer = BatchMatMul(batch, m, k, n), first if cut == (0,) else other
+    else:
+        return None
+    spec = lowering.tuned(spec)
     if spec.why_not() is not None:
         return None
-    three = [(spec.batch, m, k), (spec.batch, k, n)]
-    operands = [
-        one if shape_of(one) == shape else lowering.emit(relax.op.reshape(one, shape))
-        for one, shape in zip((x, w), three, strict=True)
-    ]
-    y = lowering.call(spec, operands, (spec.batch, m, n), "float32")
-    return y if len(lead) == 1 else lowering.emit(relax.op.reshape(y, (*lead, m, n)))
+    kernel: Any = spec
+    one, before = (spec.batch,), [(spec.batch,)] * 3
+    if not same_size(outer, 1):
+        kernel = OpenRows(
+            f"{spec.name}_for_each_{'_'.join('xw'[index] for index in cut)}", lambda _: spec, (1,), cut
+        )
+        many = (outer, *one) if spec.batch > 1 else (outer,)
+        before = [many if index in (*cut, 2) else one for index in range(3)]
+    operands = [_as(lowering, x, (*before[0], spec.m, k)), _as(lowering, w, (*before[1], k, n))]
+    y = lowering.call(kernel, operands, (*before[2], spec.m, n), "float32")
+    whole = (other if same_size(first, 1) else first, *rest, m, n)
+    return _as(lowering, y, whole[rank - max(len(left_shape), len(right_shape)) :])
+
+
+def _as(lowering: Lowering, value: Any, shape: tuple[Any, ...]) -> Any:
+    """A value in another shape of as many elements."""
+    have = shape_of(value)
+    if len(have) == len(shape) and all(map(same_size, have, shape)):
+        return value
+    return lowering.emit(relax.op.reshape(value, shape))

@@ -90,3 +90,27 @@ def test_compressed_weights(passes: str, kernel: str, options: dict[str, Any]) -
     model = net("(float[N,3,96] x) => (float[N,3,80] y) { a = MatMul(x, w) y = Add(a, b) }", **MATRIX)
     run_passes(model, parse_passes(passes), check="off")
     assert kernel in check(model, **options).kernels
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(float[N,2,5,24] x, float[N,2,24,33] z) => (float[N,2,5,33] y) { y = MatMul(x, z) }",
+        "(float[N,2,5,24] x, float[1,2,24,33] z) => (float[N,2,5,33] y) { y = MatMul(x, z) }",
+        "(float[2,5,24] x, float[N,2,24,33] z) => (float[N,2,5,33] y) { y = MatMul(x, z) }",
+        "(float[N,2,5,24] x, float[24,33] z) => (float[N,2,5,33] y) { y = MatMul(x, z) }",
+        "(float[4,2,5,24] x, float[1,1,24,33] z) => (float[4,2,5,33] y) { y = MatMul(x, z) }",
+        "(float[4,2,5,24] x, float[2,24,33] z) => (float[4,2,5,33] y) { y = MatMul(x, z) }",
+    ],
+)
+def test_products_of_activations(text: str) -> None:
+    batches = (1, 3, 17) if "N" in text else (4,)
+    assert check(net(text), batches).kernels == {"batch"}
+
+
+def test_attention() -> None:
+    model = net(
+        "(float[N,2,7,16] q, float[N,2,16,9] k, float[N,2,9,16] v, float[N,1,1,9] mask) => (float[N,2,7,16] y) "
+        "{ s = MatMul(q, k) m = Add(s, mask) p = Softmax<axis=-1>(m) y = MatMul(p, v) }"
+    )
+    assert "attention" in check(model).kernels

@@ -81,6 +81,11 @@ def _typed(dtype: str, like: Any) -> str:
     return dtype if count == 1 else f"{dtype}x{count}"
 
 
+_MOST_NAMES = 8
+"""With more names in its argument a call stays one: the time to compile doubles with each name within another,
+and the tanh of the logarithm of an exponential (Mish, written out) would take minutes."""
+
+
 def share(value: Any, use: Callable[[Any], Any]) -> Any:
     """``use(value)`` with the value computed once."""
     variable = tirx.Var(f"t{next(_numbers)}", value.ty)
@@ -223,6 +228,15 @@ def sigmoid(x: Any) -> Any:
     return splat(1.0, x) / (splat(1.0, x) + exp(splat(0.0, x) - x))
 
 
+def _names(value: Any) -> int:
+    """How many names a value gives to parts of it."""
+    import tvm_ffi
+
+    found: list[Any] = []
+    tvm_ffi.structural_walk(value, (tirx.Let, found.append))
+    return len(found)
+
+
 def _power(x: Any, exponent: Any) -> Any | None:
     """Small whole powers by multiplication; None for others, which libm computes better than we do."""
     value = exponent.value if isinstance(exponent, tirx.FloatImm) else None
@@ -255,7 +269,7 @@ def replace_calls(body: Any) -> Any:
         if not isinstance(call.op, ir.Op) or not call.args or str(getattr(call.ty, "dtype", "")) != "float32":
             return call
         if make := _ONE_ARGUMENT.get(call.op.name):
-            return make(call.args[0])
+            return call if _names(call.args[0]) > _MOST_NAMES else make(call.args[0])
         if call.op.name == "tirx.pow":
             power = _power(call.args[0], call.args[1])
             return call if power is None else power

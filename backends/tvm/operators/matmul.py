@@ -295,9 +295,10 @@ def _on_batches(lowering: Lowering, x: Any, right: ir.Value | None) -> Any | Non
     if not all(isinstance(size, int) for size in (*rest, *others, m, k, n)):
         return None
     batch = math.prod(rest)
+    cut: tuple[int, ...] = (0,)
     if isinstance(other, int) and other * math.prod(others) == 1:
         # One matrix for all: what is multiplied with it is so many rows.
-        spec, cut, outer = BatchMatMul(1, batch * m, k, n), (0,), first
+        spec, outer = BatchMatMul(1, batch * m, k, n), first
         if isinstance(first, int):
             spec, outer = BatchMatMul(1, first * batch * m, k, n), 1
     elif rest != others:
@@ -315,7 +316,8 @@ def _on_batches(lowering: Lowering, x: Any, right: ir.Value | None) -> Any | Non
     if spec.why_not() is not None:
         return None
     kernel: Any = spec
-    one, before = (spec.batch,), [(spec.batch,)] * 3
+    one: tuple[Any, ...] = (spec.batch,)
+    before = [one] * 3
     if not same_size(outer, 1):
         kernel = OpenRows(
             f"{spec.name}_for_each_{'_'.join('xw'[index] for index in cut)}", lambda _: spec, (1,), cut

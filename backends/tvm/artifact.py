@@ -193,7 +193,7 @@ class TvmArtifact(Artifact):
         shapes = [array.shape for array in feeds]
         for entry in self._entries:
             if entry[0].fits(shapes):
-                return [np.ascontiguousarray(array) for array in feeds], entry
+                return [np.asarray(array, order="C") for array in feeds], entry
         given = shape_text(dict(zip(self.inputs, shapes, strict=True)))
         known = "; ".join(
             shape_text(dict(zip(self.inputs, bucket.inputs, strict=True))) for bucket, _, _ in self._entries
@@ -313,7 +313,7 @@ def _parameters(folder: str, manifest: Manifest, tvm: ModuleType, device: Any) -
         raise InvalidModelError(f"{path} lacks the tensor {lacking[0]!r:.200} that the manifest names")
     found = {}
     for name in sorted(wanted):
-        found[name] = tvm.runtime.tensor(np.ascontiguousarray(file.tensors[name]), device)
+        found[name] = tvm.runtime.tensor(np.asarray(file.tensors[name], order="C"), device)
         file.map.drop_pages()
     return found
 

@@ -1,6 +1,6 @@
 """Operators that ONNX defines by others, written out where there is no converter for them.
 
-The definitions come with the ``onnx`` package: the body of ``Celu`` is four simple operators, that of
+The definitions come with the ``onnx`` package: the body of ``Shrink`` is some simple operators, that of
 ``Attention`` some forty, chosen by the types and shapes of the node's inputs.
 """
 

@@ -289,9 +289,9 @@ class QuantizedMatMul:
                 f"{given} outliers are given, the function takes {'some' if self.outliers else 'none'}"
             )
         if (bias is not None) != self.bias or (bias is not None and bias.shape != (self.n,)):
-            given = "none" if bias is None else list(bias.shape)
+            shape = "none" if bias is None else list(bias.shape)
             raise UsageError(
-                f"a bias of {given} is given, the function takes {[self.n] if self.bias else 'none'}"
+                f"a bias of {shape} is given, the function takes {[self.n] if self.bias else 'none'}"
             )
 
     def _row(self, k: np.ndarray) -> np.ndarray:

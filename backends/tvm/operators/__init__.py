@@ -28,6 +28,7 @@ CONVERTERS: dict[str, str] = {
     "BitCast": "elementwise:bit_cast",
     "BitShift": "elementwise:bit_shift",
     "CastLike": "elementwise:cast_like",
+    "Celu": "elementwise:elu",
     "Compress": "refused:data_dependent",
     "Conv": "convolution:conv",
     "ConvInteger": "quantization:conv_integer",

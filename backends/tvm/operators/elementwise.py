@@ -182,12 +182,16 @@ def in_fp32(lowering: Lowering, node: ir.Node) -> None:
 
 
 def elu(lowering: Lowering, node: ir.Node) -> None:
-    """Elu and Selu of any type of float: ``gamma * (x > 0 ? x : alpha * (exp(x) - 1))``."""
+    """Elu and Selu of any type of float: ``gamma * (x > 0 ? x : alpha * (exp(x) - 1))``.
+
+    Celu, with ``exp(x / alpha)``, is among them because its definition makes a vector of a single number.
+    """
     x = lowering.tensor(node.inputs[0])
     dtype, emit, own = dtype_of(x), lowering.emit, node.op_type == "Selu"
     alpha = node.attributes.get_float("alpha", 1.67326319217681884765625 if own else 1.0)
     gamma = node.attributes.get_float("gamma", 1.05070102214813232421875 if own else 1.0)
-    below = emit(relax.op.subtract(relax.op.exp(x), relax.const(1, dtype)))
+    power = relax.op.divide(x, relax.const(alpha, dtype)) if node.op_type == "Celu" else x
+    below = emit(relax.op.subtract(relax.op.exp(power), relax.const(1, dtype)))
     below = emit(relax.op.multiply(below, relax.const(alpha, dtype)))
     found = emit(relax.op.where(relax.op.greater(x, relax.const(0, dtype)), x, below))
     lowering.set(

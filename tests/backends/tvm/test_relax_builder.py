@@ -261,7 +261,7 @@ W = {"w": normal(16, 24)}
         ("(float[5,8] x, int64[3] i) => (float[3,8] y) { y = Gather(x, i) }", {}),
         ("(float[5,8] x) => (float[5] y) { y = Gather<axis=1>(x, i) }", {"i": np.array(-2)}),
         ("(float[5,8] x) => (float[5,2,1] y) { y = Gather<axis=1>(x, i) }", {"i": np.array([[-2], [0]])}),
-        ("(float[2,6] x) => (float[2,6] y) { y = Celu(x) }", {}),
+        ("(float[2,6] x) => (float[2,6] y) { y = Celu<alpha=0.5>(x) }", {}),
         ("(float[2,6] x) => (float[2,6] y, float[2,1] m) { y, m = LayerNormalization(x, s) }", {"s": normal(6)}),
         ("(float[1,2,4,4] x) => (float[1,2,7,7] y) { y = Resize<mode=\"cubic\">(x, , s) }",
          {"s": np.array([1, 1, 1.75, 1.75], np.float32)}),

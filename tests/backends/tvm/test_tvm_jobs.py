@@ -323,6 +323,18 @@ def test_a_cpu_that_is_named_decides_the_instructions(tmp_path: Path) -> None:
     assert found.max_rel < 1e-5
 
 
+def test_a_single_number_goes_in_and_comes_out_as_one(tmp_path: Path) -> None:
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    a, b = (ir.Value(name=name, type=kind, shape=ir.Shape([])) for name in "ab")
+    node = ir.Node("", "Add", [a, b], name="sum")
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", kind, ir.Shape([])
+    graph = ir.Graph([a, b], node.outputs, nodes=[node], opset_imports={"": 21}, name="scalars")
+    get_backend("tvm-cpu").build(Model(ir.Model(graph, ir_version=10)), tmp_path / "one.tvm")
+    artifact = TvmArtifact.load(tmp_path / "one.tvm")
+    found = artifact.run({"a": np.array(2, np.float32), "b": np.array(3, np.float32)})["y"]
+    assert (found.shape, float(found)) == ((), 5)
+
+
 def test_a_build_for_a_cpu_that_is_not_here_says_that_it_cannot_be_checked(tmp_path: Path) -> None:
     if "avx512_fp16" in features._flags():
         pytest.skip("this machine has the instructions that it was to lack")

@@ -48,12 +48,14 @@ class DecodedWeight:
 
 
 def decoded_weights(model: Model) -> list[DecodedWeight]:
-    """The weights of a model that are computed from constants and have no encoding that effic knows."""
+    """The weights of a model that are computed from constants in a form that effic does not know."""
     constants = Constants(model)
     return [
         _decoded(site)
         for site in weight_sites(model)
-        if site.encoding is None and constants.is_derived(site.value.producer())
+        if site.encoding is None
+        and site.compressed is None
+        and constants.is_derived(site.value.producer())
     ]
 
 

@@ -69,6 +69,7 @@ class TvmArtifact(Artifact):
         self.outputs = [port.name for port in manifest.outputs]
         self._entries = entries
         self._tvm = import_tvm("running an artifact of TVM")
+        self._calling = threading.Lock()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int = 1) -> TvmArtifact:
@@ -207,7 +208,10 @@ class TvmArtifact(Artifact):
         runtime = self._tvm.runtime
         self._set_threads()
         try:
-            found = function(*(runtime.tensor(feed, self._device) for feed in feeds), *parameters)
+            given = [runtime.tensor(feed, self._device) for feed in feeds]
+            # A virtual machine has one stack: calls of two threads at a time would take each other's registers.
+            with self._calling:
+                found = function(*given, *parameters)
             results = [found] if isinstance(found, runtime.Tensor) else list(found)
             return [result.numpy() for result in results]
         except (RuntimeError, ValueError, TypeError) as error:

@@ -53,9 +53,7 @@ def decoded_weights(model: Model) -> list[DecodedWeight]:
     return [
         _decoded(site)
         for site in weight_sites(model)
-        if site.encoding is None
-        and site.compressed is None
-        and constants.is_derived(site.value.producer())
+        if site.encoding is None and site.compressed is None and constants.is_derived(site.value.producer())
     ]
 
 

@@ -164,7 +164,7 @@ def test_a_folder_without_records_is_a_sentence(tmp_path: Path) -> None:
 # -- candidates ---------------------------------------------------------------------------------------
 
 SIZE = st.integers(1, 130)
-DENSES = st.builds(DenseMatMul, SIZE | st.none(), st.integers(1, 5000), SIZE)
+DENSES = st.builds(DenseMatMul, SIZE, st.integers(1, 5000), SIZE)
 BATCHES = st.builds(BatchMatMul, st.just(2), SIZE, SIZE, SIZE)
 CONVS = st.builds(
     conv, st.integers(1, 70), st.integers(1, 200), st.integers(1, 60), st.sampled_from([1, 3, 5]),

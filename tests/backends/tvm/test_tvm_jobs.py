@@ -248,7 +248,6 @@ def test_sizes_of_dynamic_dimensions_are_buckets(tmp_path: Path) -> None:
 
 def test_a_bucket_that_is_not_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The second function gets the two weights, which are of one size, in the wrong order.
-    monkeypatch.setitem(globals(), "N", K)
     build = TvmCpu.build
 
     def wrong(self: TvmCpu, model: Model, path: str | os.PathLike[str], **options: Any) -> Built:
@@ -260,7 +259,7 @@ def test_a_bucket_that_is_not_the_model_is_refused(tmp_path: Path, monkeypatch: 
         return built
 
     monkeypatch.setattr(TvmCpu, "build", wrong)
-    linear("rows").save(tmp_path / "model.onnx")
+    linear("rows", n=K).save(tmp_path / "model.onnx")
     argv = ("--passes", "eliminate-dead-code", "--target", 'tvm-cpu{shapes="rows=1;rows=3"}')
     done = effic("optimize", tmp_path / "model.onnx", *argv, "-o", tmp_path / "out.tvm")
     assert done.exit_code == 1, done.output

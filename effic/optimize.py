@@ -318,15 +318,24 @@ def optimize(
         speed.finish(model, None if folder is None else folder.load(threads))
     written, output_bytes = None, None
     if digests is not None:
+        kept = [
+            (item, step)
+            for item, step in zip(sequence, result.steps, strict=True)
+            if step.rolled_back is None
+        ]
+        # Where every pass that looked at the data was undone, nothing of them is in the result.
+        looked = any(isinstance(item, CalibratedPass) and item.uses_data for item, _ in kept)
         build = build_of(
             front_end=model.origin.front_end,
             files=digests.result(),
-            steps=[step for step in result.steps if step.rolled_back is None],
+            steps=[step for _, step in kept],
             target=target,
             seed=seed,
             check=check,
             external=external,
-            calibration=None if calibration is None else _samples(calibration, calib_samples, calib_window),
+            calibration=_samples(calibration, calib_samples, calib_window)
+            if calibration is not None and looked
+            else None,
             inputs=file_digest(inputs) if isinstance(inputs, (str, os.PathLike)) else None,
         )
         if folder is None:

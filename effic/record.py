@@ -25,10 +25,8 @@ from effic.bench import machine
 from effic.ir.errors import UsageError
 from effic.ir.model import Model
 from effic.ir.whole_files import why_no_file, write_whole
-from effic.passes.base import CalibratedPass
 from effic.passes.pipeline import Step
 from effic.passes.plugins import plugin_packages
-from effic.passes.spec import parse_passes
 
 RECORD_VERSION = 1
 SUFFIX = ".effic.json"
@@ -193,12 +191,6 @@ def build_of(
         inputs: the file of the inputs for checks, or None.
     """
     own = versions([step.text for step in steps], target)
-    if not any(
-        isinstance(item, CalibratedPass) and item.uses_data
-        for step in steps
-        for item in parse_passes(step.text)
-    ):
-        calibration = None  # a pass that looked at the data was undone: nothing of them is in the result
     return {
         "effic_build": RECORD_VERSION,
         "source": {

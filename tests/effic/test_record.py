@@ -73,15 +73,24 @@ def test_built_again_it_is_the_same_bit_for_bit(project: Path, passes: Any, opti
     assert [n.op_type for n in again.nodes(domain=None)] == [n.op_type for n in first.nodes(domain=None)]
 
 
-def test_passes_that_were_undone_are_not_repeated(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("coarse", "options"),
+    [
+        ("quantize-rtn{bits=2,symmetric=false,min_size=0,group_size=-1,kinds=[Conv,MatMul,Gemm]}", {}),
+        ("prune-wanda{n=1,m=16}", {"calib": "calib.npz"}),
+    ],
+)
+def test_passes_that_were_undone_are_not_repeated(
+    project: Path, coarse: str, options: dict[str, Any]
+) -> None:
     from effic.guard import Accuracy
 
     images, labels = digits_test()
-    coarse = "quantize-rtn{bits=2,symmetric=false,min_size=0,group_size=-1,kinds=[Conv,MatMul,Gemm]}"
     wanted = Accuracy("top1", {"x": images, "labels": labels}, max_drop=0.5)
-    effic.optimize("model.onnx", f"fuse-conv-bn,{coarse}", output="out.onnx", accuracy=wanted)
+    effic.optimize("model.onnx", f"fuse-conv-bn,{coarse}", output="out.onnx", accuracy=wanted, **options)
     data = record_of(project / "out.onnx")
     assert data["build"]["passes"] == ["fuse-conv-bn"]
+    assert data["build"]["calibration"] is None
     assert data["measured"]["accuracy"]["metric"] == "top1"
     assert reproduce("out.effic.json").same
 

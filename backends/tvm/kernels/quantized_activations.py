@@ -30,6 +30,9 @@ DIGITS = 3
 
 _VCVTPS2DQ = "llvm.x86.avx512.mask.cvtps2dq.512"
 _CURRENT_ROUNDING = 4
+_VPACKSSDW = "llvm.x86.avx512.packssdw.512"
+_VPACKSSWB = "llvm.x86.avx512.packsswb.512"
+VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Activations:
         self.integers = spec.activations == "int8" or self.vnni
         self.direct = self.integers or spec.m <= DIRECT_ROWS
         self.digits = 1 if spec.activations == "int8" else DIGITS
+        # Whether 128 is added to the bytes; their sums then have no use.
+        self.unsigned = False
         flops = 2 * spec.m * spec.k * spec.n
         self.parallel = cpu.cores > 1 and flops >= MIN_PARALLEL_FLOPS
 
@@ -142,8 +147,7 @@ class Activations:
                 for digit in range(self.digits):
                     at = [group, line * self.digits + digit, T.ramp(spec.padded_k, 1, 64)]
                     T.buffer_store(values, T.broadcast(T.int8(0), 64), at)
-                with T.serial(spec.segments) as segment:
-                    self.round_segment(laid, group, line, segment)
+                self.round_line(laid, group, line)
             else:
                 self.write_lanes(values, splat(T, 0.0), group, line, spec.padded_k)
                 with T.serial(spec.k_groups) as k_group:
@@ -172,51 +176,117 @@ class Activations:
                 self.write_lanes(total, self.read(total, 0) + value, 0)
         T.buffer_store(laid.sums, self.reduced(self.read(total, 0), "add"), [group, row, k_group])
 
-    def round_segment(self, laid: Laid, group: Any, row: Any, segment: Any) -> None:
-        """Integers: activations of a segment, their scale, and the sums that the codes' zero takes off."""
+    def round_line(self, laid: Laid, group: Any, row: Any) -> None:
+        """Integers: activations of a row, their scales, and the sums that the codes' zero takes off.
+
+        The largest of all segments come first: rounding waits for a maximum and a division, and would wait at each.
+        """
+        spec, T = self.spec, self.T
+        steps = T.alloc_buffer((spec.segments,), "float32")
+        kept = T.alloc_buffer((spec.padded_k,), "float32") if self.inputs else None
+        with T.serial(spec.segments) as segment:
+            self.measure_segment(laid, group, row, segment, steps, kept)
+        with T.serial(spec.segments) as segment:
+            self.round_segment(laid, group, row, segment, steps, kept)
+
+    def measure_segment(self, laid: Laid, group: Any, row: Any, segment: Any, steps: Any, kept: Any) -> None:
+        """The scale of a segment's activations, and how many of its steps one is."""
         spec, T = self.spec, self.T
         count = spec.segment // LANES
-        kept = T.alloc_buffer((spec.segment,), "float32", scope="local")
         # Sizes compare as their bits do; several maxima, for one would wait for itself at every step.
-        largest = T.alloc_buffer((min(4, count) * LANES,), "int32", scope="local")
-        for i in range(count):
-            value = self.activation(laid, group, row, segment * spec.segment + i * LANES)
-            self.write_lanes(kept, value, i * LANES)
-            size = T.reinterpret("int32x16", self.read(kept, i * LANES))
-            size = T.bitwise_and(size, self.integer(0x7FFFFFFF))
-            if i >= 4:
-                size = T.max(self.read(largest, i % 4 * LANES), size)
-            self.write_lanes(largest, size, i % 4 * LANES)
-        size = self.read(largest, 0)
-        for i in range(1, min(4, count)):
-            size = T.max(size, self.read(largest, i * LANES))
-        peak = T.alloc_buffer((2,), "float32", scope="local")
-        T.buffer_store(peak, T.reinterpret("float32", self.reduced(size, "smax", "int32")), [0])
-        # The highest digit is at most 127, and leaves no carry for those below it.
-        steps = T.float32(127 << 8 * (self.digits - 1))
-        T.buffer_store(laid.scales, peak[0] / steps, [group, row, segment])
-        # Below, the quotient would be no number; such activations count as zero.
-        least = T.float32(1e-36 if self.digits == 1 else 1e-31)
-        quotient = T.Select(peak[0] < least, T.float32(0), steps / T.max(peak[0], least))
-        T.buffer_store(peak, quotient, [1])
-        total = T.alloc_buffer((self.digits * LANES,), "int32", scope="local")
-        for digit in range(self.digits):
-            self.write_lanes(total, self.integer(0), digit * LANES)
+        largest = [T.alloc_buffer((LANES,), "int32") for _ in range(min(4, count))]
         for i in range(count):
             k = segment * spec.segment + i * LANES
-            scaled = self.read(kept, i * LANES) * T.broadcast(peak[1], LANES)
-            number = self.rounded(scaled)
+            value = self.activation(laid, group, row, k)
+            if kept is not None:
+                self.write_lanes(kept, value, k)
+                value = self.read(kept, k)
+            size = T.bitwise_and(T.reinterpret("int32x16", value), self.integer(0x7FFFFFFF))
+            place = largest[i % 4]
+            self.write_lanes(place, size if i < 4 else T.max(self.read(place, 0), size), 0)
+        size = self.read(largest[0], 0)
+        for other in largest[1:]:
+            size = T.max(size, self.read(other, 0))
+        peak = T.alloc_buffer((1,), "float32")
+        T.buffer_store(peak, T.reinterpret("float32", self.reduced(size, "smax", "int32")), [0])
+        # The highest digit is at most 127, and leaves no carry for those below it.
+        most = T.float32(127 << 8 * (self.digits - 1))
+        T.buffer_store(laid.scales, peak[0] / most, [group, row, segment])
+        # Below, the quotient would be no number; such activations count as zero.
+        least = T.float32(1e-36 if self.digits == 1 else 1e-31)
+        quotient = T.Select(peak[0] < least, T.float32(0), most / T.max(peak[0], least))
+        T.buffer_store(steps, quotient, [segment])
+
+    def round_segment(self, laid: Laid, group: Any, row: Any, segment: Any, steps: Any, kept: Any) -> None:
+        """A segment's activations in bytes, and their sums."""
+        spec, T = self.spec, self.T
+        begin, count = segment * spec.segment, spec.segment // LANES
+        totals = [T.alloc_buffer((LANES,), "int32") for _ in range(self.digits)]
+        for total in totals:
+            self.write_lanes(total, self.integer(0), 0)
+
+        def number(i: int) -> Any:
+            k = begin + i * LANES
+            value = self.activation(laid, group, row, k) if kept is None else self.read(kept, k)
+            return self.rounded(value * splat(T, steps[segment]))
+
+        wide = count // 4 * 4 if self.vnni else 0
+        for i in range(0, wide, 4):
+            digits = [self.digits_of(number(i + j)) for j in range(4)]
+            for digit, total in enumerate(totals):
+                place = [group, row * self.digits + digit, T.ramp(begin + i * LANES, 1, 4 * LANES)]
+                codes = self.joined_bytes([one[digit] for one in digits])
+                T.buffer_store(laid.values, self.stored(codes, 4 * LANES), place)
+                codes = laid.values[tuple(place)]
+                value = self.with_zeros(self.read(total, 0), laid.first + group, place[2], codes)
+                self.write_lanes(total, value, 0)
+        for i in range(wide, count):
+            k = begin + i * LANES
             zero = None
             if self.inputs and self.zeros is not None:
                 zero = T.cast(self.read(self.zeros, laid.first + group, k), "int32x16")
                 zero = zero + self.integer(spec.middle)
-            for digit, code in enumerate(self.digits_of(number)):
-                self.write_lanes(laid.values, T.cast(code, "int8x16"), group, row * self.digits + digit, k)
+            for digit, code in enumerate(self.digits_of(number(i))):
+                stored = self.stored(T.cast(code, "int8x16"), LANES)
+                self.write_lanes(laid.values, stored, group, row * self.digits + digit, k)
                 code = code if zero is None else code * zero
-                self.write_lanes(total, self.read(total, digit * LANES) + code, digit * LANES)
-        for digit in range(self.digits):
-            whole = self.reduced(self.read(total, digit * LANES), "add", "int32")
+                self.write_lanes(totals[digit], self.read(totals[digit], 0) + code, 0)
+        for digit, total in enumerate(totals):
+            whole = self.reduced(self.read(total, 0), "add", "int32")
             T.buffer_store(laid.sums, whole, [group, row * self.digits + digit, segment])
+
+    def stored(self, codes: Any, count: int) -> Any:
+        """Bytes as they are laid out."""
+        return (
+            self.T.bitwise_xor(codes, self.T.broadcast(self.T.int8(-128), count)) if self.unsigned else codes
+        )
+
+    def with_zeros(self, total: Any, group: Any, ks: Any, codes: Any) -> Any:
+        """``total`` and what the zero points of 64 k take off, sums of four in a lane."""
+        T = self.T
+
+        def dot(total: Any, left: Any) -> Any:
+            return T.call_llvm_pure_intrin(VPDPBUSD, total, left, codes, dtype="int32x16")
+
+        def all_of(value: int) -> Any:
+            return T.broadcast(T.int8(value), 4 * LANES)
+
+        if not self.inputs or self.zeros is None:
+            return dot(total, all_of(1))
+        # The left side is unsigned: 128 more than the zero point, where the middle more is meant.
+        more = dot(self.integer(0), all_of(128 - self.spec.middle))
+        return dot(total, T.bitwise_xor(self.zeros[group, ks], all_of(-128))) - more
+
+    def joined_bytes(self, vectors: list[Any]) -> Any:
+        """Four vectors of 16 integers, of a byte each, as one of bytes."""
+        from tvm.tirx import Shuffle, const
+
+        T = self.T
+        words = [T.call_llvm_pure_intrin(_VPACKSSDW, *vectors[i : i + 2], dtype="int16x32") for i in (0, 2)]
+        packed = T.reinterpret("int32x16", T.call_llvm_pure_intrin(_VPACKSSWB, *words, dtype="int8x64"))
+        # Each quarter of the result holds the same quarter of each vector.
+        order = [const(4 * (i % 4) + i // 4, "int32") for i in range(LANES)]
+        return T.reinterpret("int8x64", Shuffle([packed], order))
 
     def digits_of(self, number: Any) -> list[Any]:
         """Signed bytes that 16 integers consist of, as integers, the highest first."""

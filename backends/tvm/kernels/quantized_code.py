@@ -21,7 +21,7 @@ from effic.backends.tvm.kernels.lanes import (
     tiles,
 )
 from effic.backends.tvm.kernels.quantized import CHUNKS, COLUMNS, QuantizedMatMul
-from effic.backends.tvm.kernels.quantized_activations import Activations, Laid
+from effic.backends.tvm.kernels.quantized_activations import VPDPBUSD, Activations, Laid
 
 TURNED_ROWS = 4
 """From so many rows in a tile on, outliers meet the activations of all of them at once."""
@@ -36,7 +36,6 @@ PANEL = 2
 """Chunks of a decoded panel."""
 
 VPERMPS = "llvm.x86.avx512.permvar.sf.512"
-VPDPBUSD = "llvm.x86.avx512.vpdpbusd.512"
 
 
 def quantized_function(spec: QuantizedMatMul, cpu: Cpu) -> Any:

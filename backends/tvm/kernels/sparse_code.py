@@ -12,13 +12,8 @@ from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.kernels.dense import prefetch
 from effic.backends.tvm.kernels.lanes import LANES, function, splat
 from effic.backends.tvm.kernels.quantized import CHUNKS, COLUMNS
-from effic.backends.tvm.kernels.quantized_activations import DIRECT_ROWS, Laid
-from effic.backends.tvm.kernels.quantized_code import (
-    PANEL,
-    VPDPBUSD,
-    VPERMPS,
-    QuantizedCode,
-)
+from effic.backends.tvm.kernels.quantized_activations import DIRECT_ROWS, VPDPBUSD, Laid
+from effic.backends.tvm.kernels.quantized_code import PANEL, VPERMPS, QuantizedCode
 from effic.backends.tvm.kernels.sparse import FLOAT, WINDOW, SparseMatMul
 
 GATHERED_ROWS = 32
@@ -45,6 +40,7 @@ class _SparseCode(QuantizedCode):
     def __init__(self, spec: SparseMatMul, cpu: Cpu, T: Any) -> None:
         super().__init__(spec, cpu, T)
         self.integers = spec.rounds or (spec.whole and self.vnni)
+        self.unsigned = self.vnni  # they are the left side of vpdpbusd; :attr:`begun` takes the 128 off again
         most = DIRECT_ROWS
         if self.avx512:
             most = GATHERED_ROWS if spec.kept * 8 > spec.of * 3 else spec.m
@@ -74,11 +70,6 @@ class _SparseCode(QuantizedCode):
             self.write_direct()
         else:
             self.write_panels()
-
-    def digits_of(self, number: Any) -> list[Any]:
-        """What ``vpdpbusd`` takes for unsigned: 128 more, which :attr:`begun` takes off again."""
-        found = super().digits_of(number)
-        return [self.T.bitwise_xor(digit, self.integer(128)) for digit in found] if self.vnni else found
 
     # -- slots ------------------------------------------------------------------------------------
 

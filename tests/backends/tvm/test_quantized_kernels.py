@@ -304,6 +304,20 @@ def test_a_zero_point_that_no_code_has() -> None:
     assert error(run(case, Cpu.host(1)), case.exact(), case) < 1e-6
 
 
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_of_all_a_byte_holds(bits: int, activations: Any) -> None:
+    """Their sums are taken 64 at a time, and of what is left of a segment (160 k) 16."""
+    spec = QuantizedMatMul(2, 300, 70, bits, 32, "ic", False, activations)
+    case = make(spec, 9)
+    assert case.zeros is not None
+    case.zeros.flat[:] = np.random.default_rng(0).permutation(
+        np.resize(np.arange(-128, 128), case.zeros.size)
+    )
+    got = run(case, Cpu.host(1))
+    assert error(got, case.exact() if activations == "fp32" else case.rounded(), case) < 1e-6
+
+
 @pytest.mark.parametrize("m", [1, 7])
 def test_one_function_serves_any_number_of_outliers(m: int) -> None:
     spec = QuantizedMatMul(m, 64, 150, outliers=True)

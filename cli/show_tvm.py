@@ -29,8 +29,9 @@ def print_coverage(model: str, target: str, as_json: bool) -> None:
     if as_json:
         console.print_json(found.to_dict())
     else:
+        sizes = ", ".join(f"{name}={size}" for name, size in found.sizes.items())
         console.print_result(
-            f"{model} on {found.target}",
+            f"{model} on {found.target}{f' at {sizes}' if sizes else ''}",
             "",
             console.table(
                 "operator", ">effic's kernels", ">effic's lowering", ">TVM's importer", ">refused",

@@ -175,7 +175,7 @@ class TvmArtifact(Artifact):
     ) -> tuple[list[np.ndarray], tuple[Bucket, Any, list[Any]]]:
         """The inputs in order, checked, and the function that takes their shapes."""
         feeds = []
-        for port in self.manifest.inputs:
+        for index, port in enumerate(self.manifest.inputs):
             if port.name not in inputs:
                 have = ", ".join(sorted(inputs)) or "none"
                 raise UsageError(f"the inputs lack '{port.name}' ({port.dtype}); given: {have}")
@@ -185,8 +185,7 @@ class TvmArtifact(Artifact):
                     f"the input '{port.name}' is {array.dtype}, and the artifact takes {port.dtype}; "
                     "convert it"
                 )
-            if not array.size:
-                # Kernels are made for some; with an open batch, none would pass for a size as any other.
+            if not array.size and not any(0 in bucket.inputs[index] for bucket, _, _ in self._entries):
                 raise UsageError(
                     f"the input '{port.name}' has no elements (its shape is {list(array.shape)}); give it some"
                 )

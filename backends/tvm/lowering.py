@@ -241,7 +241,7 @@ class Lowering:
             raise UnsupportedError(
                 f"'{value.name}' is of type {kind}, which this target does not compute with"
             )
-        if 0 in shape_of(expression):
+        if 0 in shape_of(expression) and is_read(value):
             raise UnsupportedError(f"'{value.name}' has no elements, and kernels are made for some")
         self._plain[value] = expression
 
@@ -428,6 +428,11 @@ _TYPES = {
 
 
 _COMPUTED = frozenset(_TYPES.values())
+
+
+def is_read(value: ir.Value) -> bool:
+    """Whether a node reads a value, or the model's caller does."""
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def why_no_type(dtype: ir.DataType | None) -> str | None:

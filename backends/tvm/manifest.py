@@ -67,13 +67,15 @@ class Bucket:
     parameters: tuple[str, ...]
 
     def fits(self, shapes: Sequence[tuple[int, ...]]) -> bool:
-        """Whether inputs of these shapes are this function's; one name is one size throughout."""
+        """Whether inputs of these shapes are this function's; one name is one size throughout, and not 0."""
         names: dict[str, int] = {}
         for wanted, shape in zip(self.inputs, shapes, strict=True):
             if len(wanted) != len(shape):
                 return False
             for want, size in zip(wanted, shape, strict=True):
-                if (names.setdefault(want, size) if isinstance(want, str) else want) != size:
+                if isinstance(want, str):
+                    want = names.setdefault(want, size or -1)
+                if want != size:
                     return False
         return True
 

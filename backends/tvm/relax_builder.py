@@ -8,6 +8,7 @@ converter can hold is collected first, over the whole graph, and named; see
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from effic.backends.tvm.lowering import (
     Parameters,
     Shared,
     dtype_of,
+    is_read,
     relax_dtype,
     shape_of,
     why_no_type,
@@ -274,7 +276,7 @@ class _Function:
         reason = why_no_type(value.dtype) if isinstance(value.type, ir.TensorType) else "is no tensor"
         if reason is None and value.shape is None:
             reason = "has an unknown number of dimensions"
-        if reason is None and value.shape is not None and 0 in value.shape:
+        if reason is None and value.shape is not None and 0 in value.shape and is_read(value):
             reason = "has no elements, and kernels are made for some"
         if reason is not None:
             self.uncovered.append(Uncovered(value.name or "?", "input", reason))
@@ -304,7 +306,7 @@ class _Function:
         except UnsupportedError as error:
             reason = str(error).removeprefix(f"{node.op_type} '{node.name}' ")
         except IMPORTER_ERRORS as error:
-            reason = f"TVM's converter refuses it: {_said(error)}"
+            reason = _why_refused(self.lowering, node, error)
         else:
             if by is not None:
                 kernels, why = tuple(self.lowering.called[called:]), "; ".join(self.lowering.told[told:])
@@ -367,7 +369,7 @@ def convert(lowering: Lowering, node: ir.Node) -> str | None:
     if node.op_type == "Constant" or lowering.is_done(node) or decodes_weight(node):
         return None
     for value in node.outputs:
-        if value.shape is not None and 0 in value.shape:
+        if value.shape is not None and 0 in value.shape and is_read(value):
             raise UnsupportedError(f"'{value.name}' has no elements, and kernels are made for some")
     if through_blocked(lowering, node):
         return "effic"
@@ -379,9 +381,23 @@ def convert(lowering: Lowering, node: ir.Node) -> str | None:
     return "importer"
 
 
+def _why_refused(lowering: Lowering, node: ir.Node, error: BaseException) -> str:
+    """Why the importer's converter raised: most often sizes or axes that are not known, which it says in its terms."""
+    for value in node.inputs[1:]:
+        if value is None or value.dtype is None or value.shape is None or lowering.is_constant(value):
+            continue
+        if value.dtype.is_integer() and len(value.shape) < 2:
+            return f"takes '{value.name}' from the inputs' values"
+    if any(v is not None and (v.shape is None or not v.shape.is_static()) for v in node.inputs):
+        return "has inputs whose sizes are left open, which TVM's converter refuses; pin them with shapes"
+    return f"TVM's converter refuses it: {_said(error)}"
+
+
 def _said(error: BaseException) -> str:
-    """What TVM says, without its stack of C++ frames."""
+    """What TVM says, without its stack of C++ frames and what it prints of its operators."""
     lines = [line.strip() for line in str(error).splitlines()]
     # Printed Relax, which names what an error is about, comes in lines of its own.
     told = [line for line in lines if line and not line.startswith(("#", "@", "from ", "R.", "import "))]
-    return first_line(ValueError(told[-1] if told else type(error).__name__))[:_MAX_SAID]
+    text = told[-1] if told else type(error).__name__
+    text = re.sub(r'^In ir\.Op\(.*?name="([\w.]+)".*?support_level=\d+\), ', r"\1: ", text)
+    return first_line(ValueError(re.sub(r"T\.int64\((\d+)\)", r"\1", text)))[:_MAX_SAID]

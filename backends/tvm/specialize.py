@@ -44,7 +44,7 @@ def parse_shapes(text: str) -> list[Dims]:
         dims: Dims = {}
         for item in part.split(","):
             name, equals, size = (piece.strip() for piece in item.rpartition("="))
-            if not (name and equals and size.isdecimal() and 0 < int(size) < 1 << 31):
+            if not (name and equals and size.isdecimal() and int(size) < 1 << 31):
                 raise UsageError(
                     f"'{item.strip()}' in shapes is no size; write name=size, as in batch=1,seq=64;batch=8,seq=64"
                 )
@@ -117,7 +117,7 @@ def specialize(model: Model, dims: Mapping[str, int]) -> Model:
         _write_shapes(result)
         expanded = expand(result, [node for node in result.graph if has_to_be_expanded(node)])
         now = sum(1 for _ in result.graph)
-        if now == sizes and not expanded:
+        if now == sizes and not expanded and not _drop_empty(result):
             break
         sizes = now
     return result
@@ -148,6 +148,25 @@ def _write_shapes(model: Model) -> None:
         for value in node.outputs:
             if value.name in shapes:
                 value.shape = ir.Shape(shapes[value.name])
+
+
+def _drop_empty(model: Model) -> bool:
+    """Take tensors without elements (the past of a first token, say) out of what they are concatenated with.
+
+    Returns:
+        Whether there were any.
+    """
+    found = False
+    for node in model.graph:
+        if node.op_type != "Concat" or node.domain not in ("", "ai.onnx"):
+            continue
+        some = [v for v in node.inputs if v is None or v.shape is None or 0 not in v.shape]
+        if 0 < len(some) < len(node.inputs):
+            for index, value in enumerate(some):
+                node.replace_input_with(index, value)
+            node.resize_inputs(len(some))
+            found = True
+    return found
 
 
 @contextlib.contextmanager

@@ -34,9 +34,14 @@ class OperatorRow:
 
 @dataclass(frozen=True)
 class Survey:
-    """What :func:`survey` found: rows by operator, most nodes first, and what cannot be lowered."""
+    """What :func:`survey` found: rows by operator, most nodes first, and what cannot be lowered.
+
+    Attributes:
+        sizes: the sizes of open dimensions that it was found for.
+    """
 
     target: str
+    sizes: dict[str, int]
     rows: tuple[OperatorRow, ...]
     uncovered: tuple[Uncovered, ...]
 
@@ -52,7 +57,8 @@ def survey(
 
     Nodes are those that are left when sizes are fixed and constants folded.
     """
-    ways, uncovered = survey_bucket(model, sizes_to_try(model, shapes), cpu, options)
+    sizes = sizes_to_try(model, shapes)
+    ways, uncovered = survey_bucket(model, sizes, cpu, options)
     rows: dict[str, OperatorRow] = {}
     for way in ways:
         row = rows.setdefault(way.op, OperatorRow(way.op))
@@ -67,4 +73,4 @@ def survey(
     ordered = sorted(
         rows.values(), key=lambda row: -(row.kernels + row.converted + row.imported + row.refused)
     )
-    return Survey(target, tuple(ordered), tuple(uncovered))
+    return Survey(target, sizes, tuple(ordered), tuple(uncovered))

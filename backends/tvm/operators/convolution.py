@@ -35,6 +35,32 @@ def conv(lowering: Lowering, node: ir.Node) -> None:
     by_importer(lowering, node)
 
 
+def conv_transpose(lowering: Lowering, node: ir.Node) -> None:
+    """ConvTranspose: a given output shape is turned into the padding that it takes."""
+    wanted = node.attributes.get_ints("output_shape", ())
+    if wanted:
+        x, w = (shape_of(lowering.tensor(value)) for value in node.inputs[:2])
+        rank = len(x) - 2
+        get = node.attributes.get_ints
+        strides, dilations = get("strides", [1] * rank), get("dilations", [1] * rank)
+        more = list(get("output_padding", [0] * rank))
+        starts, ends = [], []
+        for i in range(rank):
+            size = strides[i] * (x[i + 2] - 1) + more[i] + (w[i + 2] - 1) * dilations[i] + 1
+            total = size - wanted[i - rank]
+            more[i] += max(-total, 0)
+            half = max(total, 0) // 2
+            rest = max(total, 0) - half
+            upper = node.attributes.get_string("auto_pad", "NOTSET") == "SAME_UPPER"
+            starts.append(half if upper else rest)
+            ends.append(rest if upper else half)
+        for name in ("output_shape", "auto_pad"):
+            node.attributes.pop(name, None)
+        node.attributes.add(ir.AttrInt64s("pads", [*starts, *ends]))
+        node.attributes.add(ir.AttrInt64s("output_padding", more))
+    by_importer(lowering, node)
+
+
 def _one_axis(lowering: Lowering, node: ir.Node) -> bool:
     """A signal is an image of one row."""
     x = node.inputs[0]

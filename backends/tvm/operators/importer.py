@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from tvm import relax
 
-from effic.backends.tvm.lowering import Lowering, dtype_of, relax_dtype, shape_of, why_no_type
+from effic.backends.tvm.lowering import Lowering, dtype_of, is_read, relax_dtype, shape_of, why_no_type
 from effic.backends.tvm.private_api import convert_by_importer
 
 # Operators whose converters in the importer take a shape as it is, not only as a tensor.
@@ -25,7 +25,7 @@ def by_importer(lowering: Lowering, node: ir.Node) -> None:
         None if v is None else lowering.value(v) if reads_sizes else lowering.tensor(v) for v in node.inputs
     ]
     results = convert_by_importer(lowering.bb, node, inputs, node.version or lowering.opset)
-    read = [bool(v.uses()) or v.is_graph_output() for v in node.outputs]
+    read = [is_read(value) for value in node.outputs]
     if any(read[len(results) :]):
         lowering.refuse(node, f"has {len(read)} outputs, of which TVM's converter makes {len(results)}")
     for value, result, used in zip(node.outputs, results, read, strict=False):

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from effic.backends.ort.scenes import encoded_input
-from effic.backends.tvm.lowering import Lowering, dtype_of, shape_of
+from effic.backends.tvm.lowering import Lowering, dtype_of, relax_dtype, shape_of
 from effic.backends.tvm.operators.encoded import as_matrix, gather_rows
 from effic.backends.tvm.operators.importer import by_importer
 
@@ -112,3 +112,57 @@ def take(lowering: Lowering, x: object, ids: object, axis: int, size: int) -> ob
         below = lowering.emit(relax.op.less(ids, relax.const(0, dtype)))
         ids = lowering.emit(relax.op.where(below, relax.op.add(ids, relax.const(size, dtype)), ids))
     return lowering.emit(relax.op.take(x, ids, axis, mode="clip"))
+
+
+def one_hot(lowering: Lowering, node: ir.Node) -> None:
+    """OneHot of constant depth; an index out of range is off everywhere."""
+    given = lowering.array(node.inputs[1])
+    if given is None:
+        lowering.refuse(node, "takes its depth from the inputs' values")
+    depth = int(given.reshape(-1)[0])
+    if depth < 1:
+        lowering.refuse(node, f"has a depth of {depth}")
+    ids = lowering.emit(relax.op.astype(lowering.tensor(node.inputs[0]), "int64"))
+    rank = len(shape_of(ids)) + 1
+    axis = node.attributes.get_int("axis", -1) % rank
+    wrapped = relax.op.where(
+        relax.op.less(ids, relax.const(0, "int64")), relax.op.add(ids, relax.const(depth, "int64")), ids
+    )
+    ids = lowering.emit(relax.op.expand_dims(lowering.emit(wrapped), axis))
+    places = np.arange(depth).reshape([depth if i == axis else 1 for i in range(rank)])
+    hot = lowering.emit(relax.op.equal(ids, relax.const(places)))
+    values = lowering.tensor(node.inputs[2])
+    off, on = (lowering.emit(relax.op.strided_slice(values, [0], [i], [i + 1])) for i in (0, 1))
+    lowering.set(node.outputs[0], relax.op.where(hot, on, off))
+
+
+def split(lowering: Lowering, node: ir.Node) -> None:
+    """Split; of pieces without elements, which nothing reads, the others are slices."""
+    shapes = [value.shape for value in node.outputs]
+    if not any(shape is not None and 0 in shape for shape in shapes):
+        by_importer(lowering, node)
+        return
+    x = lowering.tensor(node.inputs[0])
+    axis = node.attributes.get_int("axis", 0) % len(shape_of(x))
+    start = 0
+    for value, shape in zip(node.outputs, shapes, strict=True):
+        size = None if shape is None else shape[axis]
+        if not isinstance(size, int):
+            lowering.refuse(node, f"cuts axis {axis} at places that are not known")
+        if size:
+            lowering.set(value, relax.op.strided_slice(x, [axis], [start], [start + size]))
+        start += size
+
+
+def eye_like(lowering: Lowering, node: ir.Node) -> None:
+    """EyeLike of a known shape is a constant; its values' type may be another than the input's."""
+    shape = shape_of(lowering.tensor(node.inputs[0]))
+    if not all(isinstance(size, int) for size in shape):
+        lowering.refuse(node, "has the size of an input that is left open; pin it with shapes")
+    output = node.outputs[0]
+    dtype = (
+        relax_dtype(output.dtype) if output.dtype is not None else dtype_of(lowering.tensor(node.inputs[0]))
+    )
+    rows, columns = shape
+    eye = np.eye(rows, columns, k=node.attributes.get_int("k", 0), dtype=dtype)
+    lowering.set(output, relax.const(eye, dtype))

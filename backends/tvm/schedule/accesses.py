@@ -13,6 +13,10 @@ from typing import Any
 import tvm_ffi
 from tvm import ir, sym, tirx
 
+# What TVM calls the operator differs between versions, so an expression is asked.
+IF = str(tirx.if_then_else(tirx.Var("condition", "bool"), 1.0, 0.0).op.name)
+"""The name of the operator that evaluates one of two branches."""
+
 
 @dataclass
 class Axis:
@@ -226,10 +230,12 @@ def mergeable(first: Axis, second: Axis, nodes: Iterable[Any]) -> bool:
 def breakpoints(node: Any, axis: Axis) -> list[int]:
     """Where on an axis a condition of the node changes: the ends of pieces in which all are constant."""
     points: set[int] = set()
-    conditions = [call.args[0] for call in calls(node, "tirx.if_then_else")]
+    conditions = [call.args[0] for call in calls(node, IF)]
 
     def visit(compare: Any) -> None:
-        for side, other in ((compare.a, compare.b), (compare.b, compare.a)):
+        # ``x < 4`` and ``x >= 4`` change at 4, ``x <= 4`` and ``x > 4`` at 5; turned round, the other way about.
+        after = isinstance(compare, (tirx.LE, tirx.GT))
+        for side, other, turned in ((compare.a, compare.b, False), (compare.b, compare.a, True)):
             if uses(other, [axis.var]) or not uses(side, [axis.var]):
                 continue
             parts = sym.detect_linear_equation(side, [axis.var])
@@ -240,8 +246,28 @@ def breakpoints(node: Any, axis: Axis) -> list[int]:
                 continue
             if abs(int(scale)) == 1:
                 at = (int(other) - int(offset)) * int(scale)
-                points.update((at, at + 1))
+                both = isinstance(compare, tirx.EQ)
+                points.update((at, at + 1) if both else (at + (after ^ turned ^ (int(scale) < 0)),))
 
     for condition in conditions:
         tvm_ffi.structural_walk(condition, ((tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ), visit))
     return sorted(point for point in points if 0 < point < (axis.size or 0))
+
+
+def periods(node: Any, axis: Axis) -> list[int]:
+    """Sizes below an axis's own, and dividing it, after which a condition of the node repeats along the axis."""
+    found: list[int] = []
+
+    def visit(modulo: Any) -> None:
+        period, size = _number(modulo.b), axis.size or 0
+        if (
+            isinstance(period, int)
+            and 1 < period < size
+            and size % period == 0
+            and uses(modulo.a, [axis.var])
+        ):
+            found.append(period)
+
+    for call in calls(node, IF):
+        tvm_ffi.structural_walk(call.args[0], (tirx.FloorMod, visit))
+    return found

@@ -8,7 +8,7 @@ from tvm import ir, s_tir, tirx
 
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.kernels.vector_math import replace_calls
-from effic.backends.tvm.schedule.accesses import Block, blocks_of, calls, loads, size
+from effic.backends.tvm.schedule.accesses import IF, Block, blocks_of, calls, loads, size
 from effic.backends.tvm.schedule.nests import nest, sequence
 
 MAX_EXPRESSION = 400
@@ -91,7 +91,7 @@ def _worth_inlining(schedule: Any, block_rv: Any) -> bool:
         return False
     weight = size(block.body.value) + 1
     costly = any(calls(block.body.value, name) for name in _COSTLY)
-    conditional = bool(calls(block.body.value, "tirx.if_then_else"))
+    conditional = bool(calls(block.body.value, IF))
     for reader in readers:
         reads = sum(load.source.same_as(block.body.buffer) for load in loads(reader.body))
         reduces = reader.init is not None

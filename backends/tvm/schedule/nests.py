@@ -27,6 +27,7 @@ from tvm.tirx import For, ForKind
 
 from effic.backends.tvm.cpu import Cpu
 from effic.backends.tvm.schedule.accesses import (
+    IF,
     Axis,
     Block,
     breakpoints,
@@ -34,6 +35,7 @@ from effic.backends.tvm.schedule.accesses import (
     contains,
     loads,
     mergeable,
+    periods,
     step,
     substitute,
     uses,
@@ -207,14 +209,7 @@ def _simplified(block: Block) -> Block:
     """The block with indices as plain as the ranges of its axes allow: reshapes leave divisions behind."""
     if not isinstance(block.body, tirx.BufferStore):
         return block
-    analyzer = sym.Analyzer()
-    for axis in block.axes:
-        extent = _int(axis.extent) if isinstance(axis.extent, int) else axis.extent
-        analyzer.bind(axis.var, ir.Range(_int(0), extent))
-    store = block.body
-    indices = [analyzer.simplify(index) for index in store.indices]
-    body = tirx.BufferStore(store.buffer, analyzer.simplify(store.value), indices)
-    return replace(block, body=body)
+    return replace(block, body=_bounded(block.body, block.axes))
 
 
 def _shared(axes: Sequence[Axis], work: int, cpu: Cpu) -> bool:
@@ -243,6 +238,7 @@ def _spatial(block: Block, cpu: Cpu) -> Any:
     lanes = lanes_of(cpu)
     if not axes:
         return store
+    axes, store = _split_at_periods(axes, store)
     work = _known([axis.extent for axis in axes])
     if (other := _across(axes, store)) is not None:
         return _tiled(axes, other, store, cpu)
@@ -253,23 +249,51 @@ def _spatial(block: Block, cpu: Cpu) -> Any:
     parts = []
     ends = [0, *breakpoints(store.value, inner), inner.size] if inner.size is not None else [0, inner.extent]
     for low, high in itertools.pairwise(ends):
-        piece = partial(_at, _in_range(store, inner, low, high), inner.var)
+        decided = _bounded(store, outer, (inner, low, high)) if calls(store.value, IF) else store
+        piece = partial(_at, decided, inner.var)
         parts.append(_vectors(piece, low, high, lanes, alone))
     return _over(outer, sequence(parts), parallel)
 
 
+def _split_at_periods(axes: list[Axis], store: Any) -> tuple[list[Axis], Any]:
+    """The last axis as several where a condition repeats along it (heads that were concatenated and put beside each
+    other), so that within the last one the condition changes at fixed places.
+
+    What is left inside a vector would be scalars in a loop of 16; LLVM 22 has been seen to read such a loop's
+    ``table[i % 8]`` as 16 neighbours.
+    """
+    while found := periods(store.value, axes[-1]):
+        inner, period = axes[-1], max(found)
+        turn, place = index_var("q"), index_var("i")
+        axes = [*axes[:-1], Axis(turn, inner.extent // period), Axis(place, period)]
+        store = _bounded(substitute(store, {inner.var: turn * period + place}), axes)
+    return axes, store
+
+
+def _bounded(store: Any, axes: Sequence[Axis], piece: tuple[Axis, int, Any] | None = None) -> Any:
+    """The store with indices and conditions as plain as the ranges of axes, and of a piece of one, allow."""
+    analyzer = sym.Analyzer()
+    for axis, low, high in [*((axis, 0, axis.extent) for axis in axes), *([piece] if piece else [])]:
+        analyzer.bind(axis.var, ir.Range(_int(low), _int(high) if isinstance(high, int) else high))
+
+    def in_one_turn(modulo: Any) -> Any:
+        """``(i + 28) % 32`` for i from 4 to 7 is ``i - 4``, which the analyzer does not see."""
+        bound = analyzer.const_int_bound(modulo.a)
+        size = modulo.b
+        if not isinstance(size, tirx.IntImm) or bound.min_value // int(size) != bound.max_value // int(size):
+            return modulo
+        return modulo.a - bound.min_value // int(size) * int(size)
+
+    def plain(node: Any) -> Any:
+        return analyzer.simplify(
+            tvm_ffi.structural_map(analyzer.simplify(node), (tirx.FloorMod, in_one_turn))
+        )
+
+    return tirx.BufferStore(store.buffer, plain(store.value), [plain(index) for index in store.indices])
+
+
 def _at(store: Any, var: Any, index: Any) -> Any:
     return substitute(store, {var: index})
-
-
-def _in_range(store: Any, axis: Axis, low: int, high: Any) -> Any:
-    """The store with conditions that hold, or fail, all over a piece of an axis decided."""
-    if not isinstance(high, int) or not calls(store.value, "tirx.if_then_else"):
-        return store
-    analyzer = sym.Analyzer()
-
-    analyzer.bind(axis.var, ir.Range(_int(low), _int(high)))
-    return tirx.BufferStore(store.buffer, analyzer.simplify(store.value), list(store.indices))
 
 
 def _across(axes: list[Axis], store: Any) -> Axis | None:
@@ -350,7 +374,7 @@ def _reduction(block: Block, cpu: Cpu) -> Any:
     spatial, (shell,) = _merged(block.spatial, [shell])
     reduced, (shell,) = _merged(block.reduced, [shell])
     term, indices = shell.value, list(shell.indices)
-    conditional = bool(calls(term, "tirx.if_then_else"))
+    conditional = bool(calls(term, IF))
     start_moves = uses(start, [axis.var for axis in block.spatial])
     if conditional or start_moves or contains(term, tirx.Let):
         return _plain(block, cpu)

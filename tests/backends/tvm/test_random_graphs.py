@@ -225,5 +225,47 @@ def test_regions_are_scaled_before_half_a_pixel_is_taken_off() -> None:
 
 
 def test_an_input_without_elements_is_refused_by_name() -> None:
-    (one,) = coverage(net("(float[0] x, float[2] y) => (float[2] z) { z = Neg(y) }"), CPU)
+    one, _ = coverage(
+        net("(float[0] x, float[2] y) => (float[0] w, float[2] z) { w = Neg(x) z = Neg(y) }"), CPU
+    )
     assert str(one) == "input 'x': has no elements, and kernels are made for some"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(int64[2,3] i) => (float[2,3,5] y) { y = OneHot(i, depth, values) }",
+        "(int64[2,3] i) => (float[2,5,3] y) { y = OneHot<axis=1>(i, depth, values) }",
+        "(int64[2,3] i) => (float[2,3] y) { y = EyeLike<k=1, dtype=1>(i) }",
+        "(int64[3,2] i) => (int64[3,2] y) { y = EyeLike(i) }",
+    ],
+)
+def test_places_become_ones(text: str) -> None:
+    model = net(text, depth=np.array([5]), values=np.array([-1, 2], np.float32))
+    shape = (3, 2) if "[3,2] i" in text else (2, 3)
+    i = np.array([0, 4, -1, -5, 7, -6]).reshape(shape)
+    np.testing.assert_array_equal(run(model, {"i": i})["y"], Oracle(model).run({"i": i})["y"])
+
+
+@pytest.mark.parametrize(
+    "attributes", ["output_shape=[10,8]", "output_shape=[8,6]", 'output_shape=[8,6], auto_pad="SAME_UPPER"']
+)
+def test_padding_follows_from_the_output_shape(attributes: str) -> None:
+    w = np.random.default_rng(0).standard_normal((2, 3, 3, 3)).astype(np.float32)
+    model = net(
+        f"(float[1,2,3,4] x) => (float[1,3,h,w2] y) {{ y = ConvTranspose<strides=[3,2], {attributes}>(x, w) }}",
+        w=w,
+    )
+    x = np.random.default_rng(1).standard_normal((1, 2, 3, 4)).astype(np.float32)
+    np.testing.assert_allclose(
+        run(model, {"x": x})["y"], Oracle(model).run({"x": x})["y"], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_what_the_importer_refuses_is_said_in_the_terms_of_the_model() -> None:
+    (one,) = coverage(net("(float[3,4] x, int64[2] where) => (float[a,b] y) { y = Reshape(x, where) }"), CPU)
+    assert str(one) == "Reshape 'y': takes 'where' from the inputs' values"
+    (two,) = coverage(net("(float[3,4] x, float[3,5] z) => (float[a,b] y) { y = Add(x, z) }"), CPU)
+    assert str(two).startswith(
+        "Add 'y': TVM's converter refuses it: relax.add: the first input shape at dim 1 is 4"
+    )

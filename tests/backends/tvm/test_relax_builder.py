@@ -156,9 +156,7 @@ def test_parse_shapes() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "text", ["batch", "batch=", "batch=0", "batch=-1", "=4", "a=1,a=2", "a=1.5", "a=99999999999"]
-)
+@pytest.mark.parametrize("text", ["batch", "batch=", "batch=-1", "=4", "a=1,a=2", "a=1.5", "a=99999999999"])
 def test_shapes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="shapes"):
         parse_shapes(text)

@@ -198,6 +198,45 @@ def test_concatenation(host: Cpu, shape: list[int], axis: int, sizes: list[int])
     np.testing.assert_array_equal(run_alone(module, host, inputs, exact.shape), exact)
 
 
+def concatenated_in_heads(heads: int, half: int) -> tuple[Any, list[tuple[int, ...]]]:
+    """Rotary positions, which concatenate the halves of each head, and put the heads beside each other."""
+    wide = (2, 3, heads * 2 * half)
+
+    def build(x: Any, cos: Any, sin: Any) -> Any:
+        halves = op.split(op.reshape(x, (2, 3, heads, 2 * half)), 2, 3)
+        left = op.subtract(op.multiply(halves[0], cos), op.multiply(halves[1], sin))
+        right = op.add(op.multiply(halves[0], sin), op.multiply(halves[1], cos))
+        return op.reshape(op.concat([left, right], 3), wide)
+
+    return build, [wide, (2, 3, 1, half), (2, 3, 1, half)]
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8])
+@pytest.mark.parametrize("half", [1, 2, 4, 5, 8, 16, 24])
+def test_halves_of_heads_are_concatenated_and_put_back(host: Cpu, heads: int, half: int) -> None:
+    build, shapes = concatenated_in_heads(heads, half)
+    x, cos, sin = (random(i, *shape) for i, shape in enumerate(shapes))
+    left, right = np.split(x.reshape(2, 3, heads, 2 * half), 2, 3)
+    exact = np.concatenate([left * cos - right * sin, left * sin + right * cos], 3).reshape(x.shape)
+    module = module_of(build, *shapes)
+    np.testing.assert_allclose(
+        run_alone(module, host, [x, cos, sin], exact.shape), exact, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_conditions_are_decided_outside_of_vectors(host: Cpu) -> None:
+    build, shapes = concatenated_in_heads(4, 32)
+    for module in (
+        module_of(build, *shapes),
+        module_of(lambda a, b: op.concat([a, b], 1), (3, 20), (3, 17)),
+        module_of(lambda a: op.nn.pad(op.add(a, a), [0, 0, 3, 5]), (3, 20)),
+    ):
+        text = str(fuse_and_schedule(host)(module))
+        assert "T.vectorized" in text
+        assert "if_then_else" not in text
+        assert "% T.int64(64)" not in text  # each half is read by neighbours
+
+
 @FEW
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 30), st.integers(1, 40)),

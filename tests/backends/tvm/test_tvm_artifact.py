@@ -184,6 +184,7 @@ def test_a_name_stands_for_one_size() -> None:
     bucket = Bucket("main", {}, (("N", 4), ("N",)), ((),), ())
     assert bucket.fits([(5, 4), (5,)])
     assert not bucket.fits([(5, 4), (6,)])
+    assert not bucket.fits([(0, 4), (0,)])
     assert not bucket.fits([(5, 3), (5,)])
 
 

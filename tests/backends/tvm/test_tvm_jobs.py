@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
@@ -244,6 +245,38 @@ def test_sizes_of_dynamic_dimensions_are_buckets(tmp_path: Path) -> None:
         inputs_that_fit(
             TvmCpu(shapes="rows=1"), linear("rows"), {"x": np.zeros((5, K), np.float32)}, given=True, seed=0
         )
+
+
+def test_a_decoder_starts_without_a_past(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 17]>
+        g (float[1,past,4] before, float[1,seq,4] x) => (float[1,seq,4] y, float[1,all,4] after) {
+            turned = Transpose<perm=[0,1,2]>(before)
+            after = Concat<axis=1>(turned, x)
+            keys = Transpose<perm=[0,2,1]>(after)
+            scores = MatMul(x, keys)
+            shares = Softmax<axis=-1>(scores)
+            y = MatMul(shares, after)
+        }""")
+    target = 'tvm-cpu{shapes="past=0,seq=5;past=5,seq=1"}'
+    report = optimize(
+        Model(ir.from_proto(proto)),
+        "eliminate-dead-code",
+        target=target,
+        output=tmp_path / "out.tvm",
+        record=False,
+    )
+    assert [row["sizes"] for row in report.buckets] == [{"past": 5, "seq": 1}]
+    artifact = TvmArtifact.load(tmp_path / "out.tvm")
+    rng = np.random.default_rng(0)
+    for past, seq in ((0, 5), (5, 1)):
+        feeds = {
+            n: rng.standard_normal((1, k, 4)).astype(np.float32) for n, k in (("before", past), ("x", seq))
+        }
+        found, wanted = artifact.run(feeds), Oracle(Model(ir.from_proto(proto))).run(feeds)
+        for name, array in wanted.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UsageError, match="built for other shapes"):
+        artifact.run({"before": np.zeros((1, 0, 4), np.float32), "x": np.zeros((1, 1, 4), np.float32)})
 
 
 def test_a_bucket_that_is_not_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

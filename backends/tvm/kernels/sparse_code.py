@@ -154,17 +154,20 @@ class _SparseCode(QuantizedCode):
         periods = spec.segment // spec.period // cuts
         dtype = "int32" if self.integers else "float32"
         digits = self.digits if self.integers else 1
-        total = T.alloc_buffer((rows * digits * chunks * LANES,), dtype, scope="local")
-        cells = [
-            (line, chunk, (line * chunks + chunk) * LANES)
-            for line in range(rows * digits)
-            for chunk in range(chunks)
-        ]
+        lines = range(rows * digits)
+        if self.integers or self.parallel:
+            totals = [[(T.alloc_buffer((LANES,), dtype), 0) for _ in range(chunks)] for _ in lines]
+        else:
+            # LLVM holds more of these sums in registers where they are one buffer, on the heap.
+            whole = T.alloc_buffer((len(lines) * chunks * LANES,), dtype, scope="local")
+            totals = [[(whole, (line * chunks + chunk) * LANES) for chunk in range(chunks)] for line in lines]
+        cells = [(line, chunk) for line in lines for chunk in range(chunks)]
         groups = [self.group_of(laid, block, start + chunk) for chunk in range(chunks)]
         if not self.avx512 or (self.integers and not self.vnni):
             self.indices = T.alloc_buffer((LANES,), "int32", scope="local")
             self.found = T.alloc_buffer((LANES,), "int8" if self.integers else "float32", scope="local")
-        for _, chunk, cell in cells:
+        for line, chunk in cells:
+            total, cell = totals[line][chunk]
             value = splat(T, 0.0)
             if self.integers:
                 value = self.read(self.begun, block, part, (start + chunk) * LANES)
@@ -180,16 +183,15 @@ class _SparseCode(QuantizedCode):
             if chunks < CHUNKS:
                 self.fetch_ahead(block, number, start, chunks, periods)
             for slot in range(0, spec.period_slots, 4 if self.integers else 1):
-                for line, chunk, cell in cells:
+                for line, chunk in cells:
                     here = groups[chunk], (laid.begin + first) * digits + line
-                    step(laid, total, here, block, number, slot, start + chunk, cell)
-        for line, chunk, cell in cells:
+                    step(laid, *totals[line][chunk], here, block, number, slot, start + chunk)
+        for line, chunk in cells:
             if line % digits:
                 continue
             column, row = (start + chunk) * LANES, line // digits
-            value = self.read(total, cell)
-            if self.integers:
-                value = self.joined([self.read(total, cell + d * chunks * LANES) for d in range(digits)])
+            values = [self.read(*totals[line + digit][chunk]) for digit in range(digits)]
+            value = self.joined(values) if self.integers else values[0]
             segment = T.floordiv(part, cuts)
             value = self.finished(laid, value, groups[chunk], block, first + row, segment, column)
             self.write_lanes(sums, self.read(sums, first + row, column) + value, first + row, column)
@@ -212,12 +214,12 @@ class _SparseCode(QuantizedCode):
         self,
         laid: Laid,
         total: Any,
+        cell: int,
         here: tuple[Any, Any],
         block: Any,
         number: Any,
         slot: int,
         chunk: Any,
-        cell: int,
     ) -> None:
         """fp32: a slot of 16 columns times the activations of a row."""
         k = number * self.spec.period + self.base(slot)
@@ -229,12 +231,12 @@ class _SparseCode(QuantizedCode):
         self,
         laid: Laid,
         total: Any,
+        cell: int,
         here: tuple[Any, Any],
         block: Any,
         number: Any,
         slot: int,
         chunk: Any,
-        cell: int,
     ) -> None:
         """Integers: four slots of 16 columns times a digit of the activations of a row."""
         spec, T = self.spec, self.T

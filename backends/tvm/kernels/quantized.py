@@ -35,8 +35,9 @@ for up to 16 rows at once from a copy of x that has them side by side.
 
 Roofline. Bytes: ``K N bits/8`` of codes, ``4 N K/g`` of scales (5 with zero points), read once per call.
 Instructions per 64 weights and row: 1 dot product (``int8``) or 3 (``fp32``), 1.5 to decode per tile of 4 to
-16 rows, and for ``ic`` about 8 per 16 activations, row and group of columns to round (a fifth of M = 16 at
-g = 128). M = 1 is bound by memory, from M = 8 on the two ports that multiply are.
+16 rows, and for ``ic`` about 6 (``int8``) or 16 per 16 activations, row and group of columns to round (a seventh of
+M = 16 at g = 128). M = 1 is bound by memory, from M = 8 on the two ports that multiply are; of 16 rows at once each
+dot product reads an activation of its own, which keeps both load ports as busy.
 """
 
 from __future__ import annotations

@@ -37,8 +37,12 @@ from effic.backends.tvm.specialize import Dims, open_dims, parse_shapes, special
 from effic.ir.errors import UnsupportedError, UsageError
 from effic.ir.evaluate import first_line
 from effic.ir.model import Model
+from effic.ir.onnx_checks import schema_of
 
 _MAX_NAMED, _MAX_SAID = 5, 160
+
+# What inputs may be that are sizes or axes; what is computed with has more types than these.
+_WHOLE = {"tensor(int32)", "tensor(int64)"}
 
 
 @dataclass(frozen=True)
@@ -383,10 +387,9 @@ def convert(lowering: Lowering, node: ir.Node) -> str | None:
 
 def _why_refused(lowering: Lowering, node: ir.Node, error: BaseException) -> str:
     """Why the importer's converter raised: most often sizes or axes that are not known, which it says in its terms."""
-    for value in node.inputs[1:]:
-        if value is None or value.dtype is None or value.shape is None or lowering.is_constant(value):
-            continue
-        if value.dtype.is_integer() and len(value.shape) < 2:
+    schema = schema_of(key_of(node), node.version or lowering.opset)
+    for value, formal in zip(node.inputs, schema.inputs if schema is not None else (), strict=False):
+        if value is not None and not lowering.is_constant(value) and formal.types <= _WHOLE:
             return f"takes '{value.name}' from the inputs' values"
     if any(v is not None and (v.shape is None or not v.shape.is_static()) for v in node.inputs):
         return "has inputs whose sizes are left open, which TVM's converter refuses; pin them with shapes"

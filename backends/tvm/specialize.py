@@ -116,8 +116,9 @@ def specialize(model: Model, dims: Mapping[str, int]) -> Model:
         result.forget_names()
         _write_shapes(result)
         expanded = expand(result, [node for node in result.graph if has_to_be_expanded(node)])
+        dropped = _drop_empty(result)
         now = sum(1 for _ in result.graph)
-        if now == sizes and not expanded and not _drop_empty(result):
+        if now == sizes and not expanded and not dropped:
             break
         sizes = now
     return result

@@ -297,10 +297,9 @@ def _with_nan(bound: Any) -> Any:
     def larger(a: Any, b: Any) -> Any:
         return tirx.Select(op.isnan(b), b, within(a, b))
 
-    # Values of memory are not named: TVM's search for common expressions fails on names within names, and
-    # LLVM reads them once.
-    if isinstance(bound.b, ir.TensorLoad):
-        return share(bound.a, lambda a: larger(a, bound.b))
-    if isinstance(bound.a, ir.TensorLoad):
-        return share(bound.b, lambda b: larger(bound.a, b))
-    return share(bound.a, lambda a: share(bound.b, lambda b: larger(a, b)))
+    # Values of memory are not named: TVM's search for common expressions fails on names within names, its
+    # vectorizer on a name for a single number, and LLVM reads them once.
+    def named(value: Any, use: Callable[[Any], Any]) -> Any:
+        return use(value) if isinstance(value, ir.TensorLoad) else share(value, use)
+
+    return named(bound.a, lambda a: named(bound.b, lambda b: larger(a, b)))

@@ -58,6 +58,7 @@ CONVERTERS: dict[str, str] = {
     "Mod": "elementwise:mod",
     "NonMaxSuppression": "refused:data_dependent",
     "NonZero": "refused:data_dependent",
+    "Not": "elementwise:not_",
     "OneHot": "indexing:one_hot",
     "Pad": "convolution:pad",
     "Pow": "elementwise:pow_",

@@ -23,6 +23,12 @@ def equal(lowering: Lowering, node: ir.Node) -> None:
     lowering.set(node.outputs[0], relax.op.equal(x, y))
 
 
+def not_(lowering: Lowering, node: ir.Node) -> None:
+    """Not; TVM makes ``a > b`` of ``not a <= b``, and NaN is neither."""
+    x = lowering.tensor(node.inputs[0])
+    lowering.set(node.outputs[0], relax.op.logical_xor(x, relax.const(np.array(True))))
+
+
 def is_inf(lowering: Lowering, node: ir.Node) -> None:
     """IsInf, with its attributes for one sign alone."""
     x = lowering.tensor(node.inputs[0])

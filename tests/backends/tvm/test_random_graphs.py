@@ -269,3 +269,22 @@ def test_what_the_importer_refuses_is_said_in_the_terms_of_the_model() -> None:
     assert str(two).startswith(
         "Add 'y': TVM's converter refuses it: relax.add: the first input shape at dim 1 is 4"
     )
+
+
+@pytest.mark.parametrize("op", ["Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"])
+def test_what_is_not_so_of_nan_is_so(op: str) -> None:
+    model = net(
+        f"(float[14] x) => (bool[14] y) {{ found = {op}(x, c) y = Not(found) }}",
+        c=np.array([0.3], np.float32),
+    )
+    np.testing.assert_array_equal(run(model, {"x": X})["y"], Oracle(model).run({"x": X})["y"])
+
+
+def test_a_bound_from_memory_beside_a_single_value_compiles() -> None:
+    model = net(
+        "(float[1,1] x) => (float[2,3] y) { slope = Clip(x, low) whole = PRelu(x, slope) y = Tile(whole, times) }",
+        low=np.array(-1, np.float32),
+        times=np.array([2, 3]),
+    )
+    x = np.array([[-0.5]], np.float32)
+    np.testing.assert_allclose(run(model, {"x": x})["y"], Oracle(model).run({"x": x})["y"])

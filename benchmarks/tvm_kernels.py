@@ -1,13 +1,15 @@
-"""effic's TVM kernels beside ONNX Runtime's: one matrix product, hot and out of cache, one thread.
+"""effic's TVM kernels beside ONNX Runtime's: one matrix product, hot and out of cache, one thread or more.
 
 All calls take turns in one process. A ratio is the median over the rounds of the reference's time over
-the kernel's in the same round; times are processor time of the calling thread, so that other work on the
-machine shows less. *Hot* calls use one copy of the weight, *cold* ones walk through copies that together
-are larger than any cache. GB/s counts the packed weight, read once; it is set against what this core
-reads from memory (cold) in a plain sum. Other families of kernels add rows: see :class:`Subject`.
+the kernel's in the same round; with one thread times are processor time of it, so that other work on the
+machine shows less. With more they are the wall's, which only tells something on a machine without other work; before
+a turn threads that still spin after the last one are waited out, and one call that is not counted wakes the turn's own.
+*Hot* calls use one copy of the weight, *cold* ones walk through copies that together are larger than any cache. GB/s
+counts the packed weight, read once; it is set against what as many threads read from memory (cold) in a plain
+maximum. Other families of kernels add rows: see :class:`Subject`.
 
     python -m benchmarks tvm_kernels
-    python -m benchmarks.tvm_kernels [SIZE …] [quantized] [sparse]
+    python -m benchmarks.tvm_kernels [SIZE …] [--family quantized|sparse]… [--threads N]
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import numpy as np
 
 from benchmarks.harness import machine, table
@@ -30,6 +33,10 @@ ROWS = (1, 16, 128)
 COLD_BYTES = 96 << 20
 """What the copies of a weight take together: more than twice the last-level cache of common servers."""
 
+SPIN_SECONDS = 0.005
+"""For how long threads of either runtime look out for more work before they sleep, and somewhat more."""
+
+_THREADS = "TVM_NUM_THREADS"
 BLOCK = 128
 ROUNDS = {1: 60, 16: 24, 128: 8}
 
@@ -49,16 +56,32 @@ class Subject:
     build: Callable[[int, int, int], tuple[list[Call], int]]
 
 
-def main(sizes: Sequence[int] = ()) -> None:
-    """Print the tables of docs/targets.md."""
-    sizes = sizes or [int(text) for text in sys.argv[1:] if text.isdecimal()] or SIZES
-    os.environ.setdefault("TVM_NUM_THREADS", "1")
+@click.command()
+@click.argument("sizes", nargs=-1, type=click.IntRange(min=64))
+@click.option(
+    "--family", "families", multiple=True, type=click.Choice(["quantized", "sparse"]), help="default: both"
+)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1))
+def command(sizes: tuple[int, ...], families: tuple[str, ...], threads: int) -> None:
+    """Print the tables of docs/tvm.md."""
+    import onnxruntime
+
+    os.environ[_THREADS] = str(threads)
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
     print(machine("apache-tvm", "onnxruntime", "numpy"))
-    print(f"This core reads {bandwidth():.1f} GB/s from memory.")
-    families = {"quantized": quantized_subjects(), "sparse": sparse_subjects()}
-    chosen = [name for name in families if name in sys.argv] or list(families)
-    for name, size, rows in itertools.product(chosen, sizes, ROWS):
-        measure(families[name], size, rows)
+    print(f"{threads} thread{'s' if threads > 1 else ''}: {bandwidth(threads):.1f} GB/s from memory.")
+    subjects = {"quantized": quantized_subjects(), "sparse": sparse_subjects()}
+    for name, size, rows in itertools.product(families or subjects, sizes or SIZES, ROWS):
+        measure(subjects[name], size, rows)
+
+
+def main() -> None:
+    """All tables, for ``python -m benchmarks``."""
+    command(args=[], standalone_mode=False)
+
+
+def _threads() -> int:
+    return int(os.environ[_THREADS])
 
 
 def measure(subjects: Sequence[Subject], size: int, rows: int) -> None:
@@ -89,27 +112,33 @@ def measure(subjects: Sequence[Subject], size: int, rows: int) -> None:
     )
 
 
-def bandwidth() -> float:
-    """GB/s that one thread reads from memory: the sum of an array larger than the caches, the best of some."""
-    array = np.ones(COLD_BYTES // 4 * 2, np.float32)
+def bandwidth(threads: int) -> float:
+    """GB/s that threads read from memory: the largest of arrays beyond the caches, the best of some."""
+    arrays = [np.ones(COLD_BYTES // 4 * 2, np.float32) for _ in range(threads)]
     best = float("inf")
-    for _ in range(5):
-        began = time.thread_time()
-        np.max(array)
-        best = min(best, time.thread_time() - began)
-    return array.nbytes / best / 1e9
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            began = time.perf_counter()
+            list(pool.map(np.max, arrays))
+            best = min(best, time.perf_counter() - began)
+    return sum(array.nbytes for array in arrays) / best / 1e9
 
 
 def _turns(calls: dict[str, list[Call]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, in turns; two rounds are not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    several = _threads() > 1
+    clock = time.perf_counter if several else time.thread_time
     for number in range(rounds + 2):
         for name, copies in calls.items():
+            if several:
+                time.sleep(SPIN_SECONDS)
+                copies[number % len(copies) - 1]()
             call = copies[number % len(copies)]
-            began = time.thread_time()
+            began = clock()
             call()
             if number > 1:
-                times[name].append(time.thread_time() - began)
+                times[name].append(clock() - began)
     return times
 
 
@@ -159,7 +188,8 @@ def _session(
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    # Copies share their threads: each would have its own otherwise, asleep when its turn comes.
+    options.use_per_session_threads = False
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
     given = {"x": activations(rows, size)}
@@ -190,7 +220,7 @@ def kernel_calls(
     from effic.backends.tvm.codegen import compile_kernel
     from effic.backends.tvm.cpu import Cpu
 
-    cpu = Cpu.host(1)
+    cpu = Cpu.host(_threads())
     function = compile_kernel(spec.prim_func(cpu), cpu)
     x = tvm.runtime.tensor(activations(rows, size))
     y = tvm.runtime.tensor(np.zeros((rows, size), np.float32))
@@ -290,4 +320,4 @@ def _dense(rows: int, size: int, copies: int) -> tuple[list[Call], int]:
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -31,7 +31,7 @@ from effic.backends.tvm.kernels.lanes import (
     CHUNKS_PER_CORE,
     LANES,
     MIN_PARALLEL_FLOPS,
-    accumulators,
+    accumulator,
     argument,
     clamp,
     function,
@@ -152,7 +152,8 @@ class DenseMatMul:
     def prim_func(self, cpu: Cpu) -> Any:
         """``(x[M, K], w[panels, K, P], [bias[panels · P]], y[M, N])``."""
         width, panels = self.columns, -(-self.n // self.columns)
-        most = self._most_rows(registers(cpu, self.portable))
+        fit = registers(cpu, self.portable)
+        most = self._most_rows(fit)
         k_tile = self.k_tile or (_K_TILE if self.m > 2 * most else self.k)
         length, whole, left = tiles(self.k, k_tile)
         pieces = whole + (left > 0)
@@ -164,9 +165,7 @@ class DenseMatMul:
             rows, full, rest = tiles(self.m, most)
             parallel = cpu.cores > 1 and 2 * self.m * self.k * self.n >= MIN_PARALLEL_FLOPS
             parts = _parts(panels, full, CHUNKS_PER_CORE * cpu.cores)
-            # In a function that threads share, LLVM keeps sums in memory beside such requests: 1.5 times the time.
-            ahead = w if not parallel or self.m <= GEMV_ROWS else None
-            tile = _Tile(T, self, lambda panel, k, v: w[panel, k, lanes(T, v * LANES)], bias, y, ahead=ahead)
+            tile = _Tile(T, fit, self, lambda panel, k, v: w[panel, k, lanes(T, v * LANES)], bias, y, ahead=w)
             held = self._laid(T, x, length, rows, full, rest, parallel) if self.packs else None
             with loop(T, panels * parts, parallel) as work:
                 panel, part = (work, 0) if parts == 1 else (work // parts, work % parts)
@@ -258,13 +257,14 @@ def _parts(panels: int, tiles_of_rows: int, wanted: int) -> int:
 class _Tile:
     """The register tile: ``rows × columns`` sums over a range of k.
 
-    ``load(panel, k, v)`` is vector ``v`` of a row of the panel, ``ahead`` the packed panels where they are
-    to be fetched ahead; ``batch`` are the leading indices of y.
+    ``held`` is how many vectors of sums the registers hold, ``load(panel, k, v)`` vector ``v`` of a row of the
+    panel, ``ahead`` the packed panels where they are to be fetched ahead; ``batch`` are the leading indices of y.
     """
 
     def __init__(
         self,
         T: Any,
+        held: int,
         spec: DenseMatMul | BatchMatMul,
         load: Callable[[Any, Any, int], Any],
         bias: Any,
@@ -272,7 +272,7 @@ class _Tile:
         batch: tuple[Any, ...] = (),
         ahead: Any = None,
     ) -> None:
-        self.T, self.spec, self.load, self.bias, self.y = T, spec, load, bias, y
+        self.T, self.held, self.spec, self.load, self.bias, self.y = T, held, spec, load, bias, y
         self.batch, self.ahead = batch, ahead
         self.vectors = spec.columns // LANES
 
@@ -293,9 +293,14 @@ class _Tile:
         width, start, length = spec.columns, span.start, span.length
         # Fewer than 8 sums would wait for each other: a multiply-add takes 4 cycles, two start per cycle.
         ways = 1
-        while rows * vectors * ways < 8 and length >= 16 * ways:
+        while rows * vectors * ways < 8 and rows * vectors * ways * 2 <= self.held and length >= 16 * ways:
             ways *= 2
-        acc = accumulators(T, rows * vectors * ways)
+        # A step holds all of the innermost, once read: a float of x takes a register, a vector of w two with AVX2.
+        order = [(r, v) for r in range(rows) for v in range(vectors)]
+        if rows < 2 * vectors:
+            order.sort(key=lambda cell: cell[1])
+        acc = [[[accumulator(T) for _ in range(vectors)] for _ in range(rows)] for _ in range(ways)]
+        zero, at = splat(T, 0.0), lanes(T, 0)
         for r in range(rows):
             for v in range(vectors):
                 if not span.is_first:
@@ -303,20 +308,18 @@ class _Tile:
                 elif self.bias is not None:
                     value = self.bias[lanes(T, panel * width + v * LANES)]
                 else:
-                    value = splat(T, 0.0)
-                T.buffer_store(acc, value, [lanes(T, (r * vectors + v) * LANES)])
-        for extra in range(rows * vectors, rows * vectors * ways):
-            T.buffer_store(acc, splat(T, 0.0), [lanes(T, extra * LANES)])
+                    value = zero
+                T.buffer_store(acc[0][r][v], value, [at])
+                for way in range(1, ways):
+                    T.buffer_store(acc[way][r][v], zero, [at])
 
         def step(k: Any, way: int) -> None:
             if self.ahead is not None:
                 for v in range(vectors):
                     prefetch(T, self.ahead[panel, start + k + _AHEAD, v * LANES])
-            for r in range(rows):
-                for v in range(vectors):
-                    at = lanes(T, ((way * rows + r) * vectors + v) * LANES)
-                    product = splat(T, read(r, k)) * self.load(panel, start + k, v)
-                    T.buffer_store(acc, acc[at] + product, [at])
+            for r, v in order:
+                product = splat(T, read(r, k)) * self.load(panel, start + k, v)
+                T.buffer_store(acc[way][r][v], acc[way][r][v][at] + product, [at])
 
         with T.serial(length // ways) as group:
             for way in range(ways):
@@ -325,10 +328,10 @@ class _Tile:
             step(length - length % ways + way, way)
 
         def total(r: int, v: int) -> Any:
-            at = [acc[lanes(T, ((way * rows + r) * vectors + v) * LANES)] for way in range(ways)]
-            while len(at) > 1:
-                at = [a + b for a, b in zip(at[::2], at[1::2], strict=True)]
-            return at[0]
+            values = [of_way[r][v][at] for of_way in acc]
+            while len(values) > 1:
+                values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
+            return values[0]
 
         if not span.is_last:
             for r in range(rows):
@@ -430,7 +433,8 @@ class BatchMatMul:
     def prim_func(self, cpu: Cpu) -> Any:
         """``(x[batch, M, K], w[batch / repeat, K, N] or [batch / repeat, N, K], y[batch, M, N])``."""
         width, panels = self.columns, -(-self.n // self.columns)
-        most = self.rows or max(1, min(registers(cpu, self.portable) // (width // LANES), 8))
+        held = registers(cpu, self.portable)
+        most = self.rows or max(1, min(held // (width // LANES), 8))
         rows, full, rest = tiles(self.m, most)
         flops = 2 * self.batch * self.m * self.k * self.n
         right = self.batch // self.repeat
@@ -444,7 +448,7 @@ class BatchMatMul:
                 load = self._packed(T, w, group, panel) if self.packs else self._direct(T, w, group)
                 with T.serial(self.repeat) as copy:
                     batch = group * self.repeat + copy
-                    tile = _Tile(T, self, load, None, y, (batch,))
+                    tile = _Tile(T, held, self, load, None, y, (batch,))
                     with T.serial(full) as number:
                         row = number * rows
                         tile.run(panel, row, rows, lambda r, k: x[batch, row + r, k], None, _Span(0, self.k))

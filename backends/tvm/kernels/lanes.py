@@ -94,6 +94,15 @@ def splat(T: Any, value: Any) -> Any:
     return T.broadcast(T.float32(value) if isinstance(value, (int, float)) else value, LANES)
 
 
+def accumulator(T: Any) -> Any:
+    """A buffer of one vector, which lives in a register.
+
+    TVM takes a buffer of a kilobyte, or of scope "local", from the heap, and in a function that threads share LLVM
+    keeps in memory what is there, at the latest where something is fetched ahead beside it.
+    """
+    return T.alloc_buffer((LANES,), "float32")
+
+
 def accumulators(T: Any, count: int) -> Any:
     """``count`` vectors that live in registers, as long as every index into them is a constant."""
     return T.alloc_buffer((count * LANES,), "float32", scope="local")

@@ -22,7 +22,6 @@ from effic.backends.tvm.kernels.lanes import (
     CHUNKS_PER_CORE,
     LANES,
     MIN_PARALLEL_FLOPS,
-    accumulators,
     argument,
     clamp,
     function,
@@ -123,7 +122,8 @@ class DepthwiseConv2d:
             bands = min(height, -(-CHUNKS_PER_CORE * cpu.cores // pieces)) if parallel else 1
 
             def tile(image: Any, block: Any, row: Any, column: Any, columns: int) -> None:
-                acc = accumulators(T, columns)
+                # Of no scope, unlike others: TVM takes those, and any of a kilobyte, from the heap, tile after tile.
+                acc = T.alloc_buffer((columns * LANES,), "float32")
                 # TVM unrolls these loops at the end: written out, each of its passes would visit every statement.
                 with T.unroll(columns) as j:
                     start = splat(T, 0.0) if bias is None else bias[block, lanes(T, 0)]

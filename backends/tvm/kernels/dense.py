@@ -35,6 +35,7 @@ from effic.backends.tvm.kernels.lanes import (
     argument,
     clamp,
     function,
+    keeps_floats,
     lanes,
     loop,
     registers,
@@ -295,9 +296,8 @@ class _Tile:
         ways = 1
         while rows * vectors * ways < 8 and rows * vectors * ways * 2 <= self.held and length >= 16 * ways:
             ways *= 2
-        # A step holds all of the innermost, once read: a float of x takes a register, a vector of w two with AVX2.
         order = [(r, v) for r in range(rows) for v in range(vectors)]
-        if rows < 2 * vectors:
+        if keeps_floats(rows, vectors, self.held):
             order.sort(key=lambda cell: cell[1])
         acc = [[[accumulator(T) for _ in range(vectors)] for _ in range(rows)] for _ in range(ways)]
         zero, at = splat(T, 0.0), lanes(T, 0)

@@ -103,6 +103,14 @@ def accumulator(T: Any) -> Any:
     return T.alloc_buffer((LANES,), "float32")
 
 
+def keeps_floats(floats: int, vectors: int, held: int) -> bool:
+    """Whether a step of ``floats × vectors`` products should take the vectors one by one, or else the floats.
+
+    The others stay in registers meanwhile, beside ``held`` sums: a float takes one, a vector two without AVX512.
+    """
+    return floats < vectors * (1 if held > LANES else 2)
+
+
 def accumulators(T: Any, count: int) -> Any:
     """``count`` vectors that live in registers, as long as every index into them is a constant."""
     return T.alloc_buffer((count * LANES,), "float32", scope="local")

@@ -129,8 +129,10 @@ def one_hot(lowering: Lowering, node: ir.Node) -> None:
         relax.op.less(ids, relax.const(0, "int64")), relax.op.add(ids, relax.const(depth, "int64")), ids
     )
     ids = lowering.emit(relax.op.expand_dims(lowering.emit(wrapped), axis))
-    places = np.arange(depth).reshape([depth if i == axis else 1 for i in range(rank)])
-    hot = lowering.emit(relax.op.equal(ids, relax.const(places)))
+    # Counted where it runs: a constant of any depth that a model names would have to fit into memory.
+    places = lowering.emit(relax.op.arange(depth, dtype="int64"))
+    places = lowering.emit(relax.op.reshape(places, [depth if i == axis else 1 for i in range(rank)]))
+    hot = lowering.emit(relax.op.equal(ids, places))
     values = lowering.tensor(node.inputs[2])
     off, on = (lowering.emit(relax.op.strided_slice(values, [0], [i], [i + 1])) for i in (0, 1))
     lowering.set(node.outputs[0], relax.op.where(hot, on, off))
@@ -155,14 +157,8 @@ def split(lowering: Lowering, node: ir.Node) -> None:
 
 
 def eye_like(lowering: Lowering, node: ir.Node) -> None:
-    """EyeLike of a known shape is a constant; its values' type may be another than the input's."""
-    shape = shape_of(lowering.tensor(node.inputs[0]))
-    if not all(isinstance(size, int) for size in shape):
-        lowering.refuse(node, "has the size of an input that is left open; pin it with shapes")
-    output = node.outputs[0]
-    dtype = (
-        relax_dtype(output.dtype) if output.dtype is not None else dtype_of(lowering.tensor(node.inputs[0]))
-    )
-    rows, columns = shape
-    eye = np.eye(rows, columns, k=node.attributes.get_int("k", 0), dtype=dtype)
-    lowering.set(output, relax.const(eye, dtype))
+    """EyeLike, whose type may be another than its input's, which TVM's own takes instead."""
+    x, output = lowering.tensor(node.inputs[0]), node.outputs[0]
+    dtype = dtype_of(x) if output.dtype is None else relax_dtype(output.dtype)
+    rows, columns = shape_of(x)
+    lowering.set(output, relax.op.eye(rows, columns, node.attributes.get_int("k", 0), dtype))

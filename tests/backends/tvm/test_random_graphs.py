@@ -262,6 +262,14 @@ def test_padding_follows_from_the_output_shape(attributes: str) -> None:
     )
 
 
+def test_sizes_that_only_a_model_names_take_no_memory_to_look_at() -> None:
+    deep = net("(int64[2] i) => (float[2,n] y) { y = OneHot(i, depth, values) }",
+               depth=np.array([1 << 40]), values=np.array([0, 1], np.float32))  # fmt: skip
+    wide = net("(int64[1000000,1000000] i) => (float[1000000,1000000] y) { y = EyeLike<dtype=1>(i) }")
+    for model in (deep, wide):
+        coverage(model, CPU)  # lowered; what it would take is found out by running it
+
+
 def test_what_the_importer_refuses_is_said_in_the_terms_of_the_model() -> None:
     (one,) = coverage(net("(float[3,4] x, int64[2] where) => (float[a,b] y) { y = Reshape(x, where) }"), CPU)
     assert str(one) == "Reshape 'y': takes 'where' from the inputs' values"
